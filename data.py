@@ -1,0 +1,369 @@
+"""Data sets as uint8 arrays, the plan of an epoch, and batches.
+
+A picture is (32, 32, 3) uint8 RGB from the file to the device: OpenCV pads, crops and flips uint8, and
+normalizing with `mean` and `std` is the device's work. What an epoch does with the pictures is drawn at once
+by `EpochPlan`, so a batch depends on neither the number of threads nor what ran before it.
+"""
+
+import hashlib
+import http.client
+import os
+import pickle
+import socket
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+# Before the import, which reads it: a broken picture is reported once, as a UserError. (The functions that set
+# the level later have different names in different releases of OpenCV.)
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
+import cv2
+import numpy as np
+import torch
+
+from utils import UserError
+
+SIZE = 32  # pixels: height and width of every picture
+DATASETS = ("CIFAR10", "CIFAR100", "digits", "folder")
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+# Per channel (R, G, B) on 0..255: mean, std. The paper's values.
+CIFAR_STATISTICS = {
+    "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+}
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
+
+# What torchvision meets: no network, no permission, a bad checksum (RuntimeError), a broken archive.
+CIFAR_ERRORS = (
+    OSError,
+    http.client.HTTPException,
+    RuntimeError,
+    EOFError,
+    tarfile.TarError,
+    pickle.PickleError,
+)
+
+# One picture is too small to share among threads; this module's threads work on different pictures instead.
+cv2.setNumThreads(0)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """A data set in memory.
+
+    Images are (N, 32, 32, 3) uint8 RGB, C-contiguous; labels are (N,) int64, indices into `classes`. `mean`
+    and `std` are per channel on 0..255. `flip` says whether a mirrored picture still shows its class (a
+    digit's does not).
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the four arrays, their types and shapes included: the same data, the same digest."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+
+def load_data(dataset: str, dataroot, dataset_name: str | None = None, nthread: int = 2) -> DataSet:
+    """Load one of `DATASETS` whole into memory.
+
+    `dataroot` is where CIFAR is or will be downloaded to, or the root of a `folder` (unused for digits).
+    `dataset_name` is what a folder is called in logs (default "folder"; the others have a name). `nthread`
+    threads decode a folder's pictures. Raises UserError for data that are missing, broken or cannot be
+    downloaded.
+    """
+    root = Path(dataroot).expanduser()
+    if dataset in CIFAR_STATISTICS:
+        return _load_cifar(dataset, root)
+    if dataset == "digits":
+        return _load_digits()
+    if dataset == "folder":
+        return _load_folder(root, dataset_name or "folder", nthread)
+    raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+
+
+def _load_cifar(dataset: str, root: Path) -> DataSet:
+    """CIFAR through torchvision, which downloads what is missing and verifies every file's checksum."""
+    from torchvision import datasets  # here, because it takes seconds to import
+
+    source = getattr(datasets, dataset)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        train, test = source(root, train=True, download=True), source(root, train=False)
+    except CIFAR_ERRORS as error:
+        archive = root / source.filename
+        if archive.is_file():
+            problem = f"{archive} is incomplete, corrupt or unreadable, and no good copy could be downloaded"
+        else:
+            problem = f"{dataset} is not in {root} and could not be downloaded"
+        raise UserError(
+            f"{problem} ({_reason(error)}): place {source.filename} from {source.url} in {root}, "
+            "or use --dataset digits, which needs no network"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    mean, std = CIFAR_STATISTICS[dataset]
+    return DataSet(
+        name=dataset,
+        train_images=np.ascontiguousarray(train.data),
+        train_labels=np.array(train.targets, dtype=np.int64),
+        test_images=np.ascontiguousarray(test.data),
+        test_labels=np.array(test.targets, dtype=np.int64),
+        classes=tuple(train.classes),
+        mean=mean,
+        std=std,
+        flip=True,
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, on one line without a closing full stop."""
+    message = getattr(error, "strerror", None) or str(error)  # strerror: without number and path
+    return " ".join(message.split()).rstrip(".") or type(error).__name__
+
+
+def _load_digits() -> DataSet:
+    """scikit-learn's 8x8 handwritten digits: 1,437 to train and 360 to test, stratified, always the same."""
+    from sklearn.datasets import load_digits  # here, because it takes seconds to import
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    grey = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    images = np.empty((len(grey), SIZE, SIZE, 3), np.uint8)
+    for image, digit in zip(images, grey, strict=True):
+        image[:] = cv2.resize(digit, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)[:, :, None]
+    labels = digits.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    mean, std = channel_statistics(images[train])
+    classes = tuple(str(name) for name in digits.target_names)
+    return DataSet("digits", images[train], labels[train], images[test], labels[test], classes, mean, std, flip=False)
+
+
+def _load_folder(root: Path, name: str, nthread: int) -> DataSet:
+    """`root`/{train,test}/<class>/<picture>: classes and pictures sorted by name, hidden ones left out."""
+    classes = _class_names(root / "train")
+    if (found := _class_names(root / "test")) != classes:
+        odd = ", ".join(sorted(set(classes) ^ set(found)))
+        raise UserError(f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}")
+    parts = {part: _find_pictures(root / part, classes) for part in ("train", "test")}
+    train_images, test_images = (_decode(paths, nthread) for paths, _ in parts.values())
+    mean, std = channel_statistics(train_images)
+    return DataSet(
+        name=name,
+        train_images=train_images,
+        train_labels=parts["train"][1],
+        test_images=test_images,
+        test_labels=parts["test"][1],
+        classes=classes,
+        mean=mean,
+        std=std,
+        flip=True,
+    )
+
+
+def _visible(directory: Path) -> list[Path]:
+    """The entries of a directory that are not hidden, sorted by name."""
+    try:
+        return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the directory {directory} ({error.strerror}): "
+            "--dataset folder needs <dataroot>/train/<class>/ and <dataroot>/test/<class>/ with pictures"
+        ) from error
+
+
+def _class_names(directory: Path) -> tuple[str, ...]:
+    names = tuple(path.name for path in _visible(directory) if path.is_dir())
+    if not names:
+        raise UserError(f"{directory} has no class folder: put each class's pictures into a sub-folder of its own")
+    return names
+
+
+def _find_pictures(directory: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+    """Paths of all pictures, class by class, and their labels (N,) int64."""
+    paths: list[Path] = []
+    counts = []
+    for name in classes:
+        found = [path for path in _visible(directory / name) if path.suffix.lower() in EXTENSIONS]
+        if not found:
+            raise UserError(
+                f"{directory / name} has no picture: it needs at least one of {', '.join(sorted(EXTENSIONS))}"
+            )
+        paths += found
+        counts.append(len(found))
+    return paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+
+
+def _decode(paths: list[Path], nthread: int) -> np.ndarray:
+    """All pictures as (N, 32, 32, 3) uint8 RGB, read and decoded by `nthread` threads (at least one)."""
+    images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
+    chunk = 128  # pictures per task, so that handing out tasks costs nothing
+
+    def fill(start: int) -> None:
+        for index in range(start, min(start + chunk, len(paths))):
+            images[index] = _read_picture(paths[index])
+
+    with ThreadPoolExecutor(max(1, nthread)) as pool:
+        for _ in pool.map(fill, range(0, len(paths), chunk)):
+            pass  # in order, so the first broken picture is the one that is reported
+    return images
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    """One picture as (32, 32, 3) uint8 RGB; another size is resized (its aspect ratio is not kept)."""
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"cannot read the picture {path} ({_reason(error)}): mend or remove it") from error
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
+    except cv2.error:  # where other broken pictures give None
+        image = None
+    if image is None:
+        raise UserError(f"cannot decode {path} as a picture: mend or remove it")
+    height, width = image.shape[:2]
+    if (height, width) != (SIZE, SIZE):
+        shrinking = height >= SIZE and width >= SIZE
+        interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+        image = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation per channel of (N, 32, 32, 3) uint8, on 0..255.
+
+    Sums are float64, without a float copy of the pictures. A constant channel gets the standard deviation 1,
+    so that one can divide by it.
+    """
+    mean, std = cv2.meanStdDev(images.reshape(-1, SIZE, 3))
+    return tuple(mean.ravel().tolist()), tuple(value or 1.0 for value in std.ravel().tolist())
+
+
+def _check_pad(pad: int) -> None:
+    if not 0 <= pad < SIZE:
+        raise UserError(f"--randomcrop_pad is {pad}: reflection of {SIZE} pixels allows 0 (no crop) to {SIZE - 1}")
+
+
+class EpochPlan:
+    """All that is random about an epoch, as a pure function of the arguments.
+
+    order: (steps, batch) int64, indices of pictures, none twice; a last batch that is not full is dropped.
+    offsets: (steps, batch, 2) int64 in 0..2*pad, the crop's top and left in the padded picture.
+    flips: (steps, batch) bool, all False without `flip`.
+    The epoch counts from 0. Raises UserError where no full batch exists or `pad` is not in 0..31.
+    """
+
+    def __init__(self, n_images: int, batch_size: int, *, seed: int, epoch: int, pad: int = 4, flip: bool = True):
+        _check_pad(pad)
+        if not 1 <= batch_size <= n_images:
+            raise UserError(
+                f"--batchSize {batch_size} does not fit a training set of {n_images} pictures: "
+                f"choose 1 to {n_images}, since a partial batch is dropped"
+            )
+        steps = n_images // batch_size
+        shape = (steps, batch_size)
+        # spawn_key keeps (seed, epoch) apart from every other pair, whatever their sizes.
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+        self.n_images = n_images
+        self.pad = pad
+        self.order = generator.permutation(n_images)[: steps * batch_size].reshape(shape)
+        self.offsets = generator.integers(0, 2 * pad + 1, (*shape, 2))
+        self.flips = generator.integers(0, 2, shape).astype(bool) if flip else np.zeros(shape, bool)
+
+    def __len__(self) -> int:
+        """Number of batches, that is of steps."""
+        return len(self.order)
+
+
+class TrainBatches:
+    """Augmented training batches: reflect-pad (edge not repeated), crop, flip, on uint8.
+
+    The pictures are padded once, at the start: (N, 32 + 2 pad, 32 + 2 pad, 3) bytes, 240 MB for CIFAR with
+    pad 4. Raises UserError for a `pad` that is not in 0..31.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, pad: int):
+        _check_pad(pad)
+        self.pad = pad
+        self.labels = labels
+        padded = images
+        if pad:
+            padded = np.empty((len(images), SIZE + 2 * pad, SIZE + 2 * pad, 3), np.uint8)
+            for image, dst in zip(images, padded, strict=True):
+                cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101, dst=dst)
+        # A view, [picture, top, left] -> the crop (32, 32, 3): one index expression cuts out a whole batch.
+        views = np.lib.stride_tricks.sliding_window_view(padded, (SIZE, SIZE, 3), axis=(1, 2, 3))
+        self.crops = views[:, :, :, 0]
+
+    def batch(self, plan: EpochPlan, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batch k of the plan: images (B, 32, 32, 3) uint8, labels (B,) int64; a pure function of both."""
+        assert (plan.n_images, plan.pad) == (len(self.labels), self.pad), "the plan was made for other data"
+        order, offsets = plan.order[k], plan.offsets[k]
+        images = self.crops[order, offsets[:, 0], offsets[:, 1]]
+        for index in np.flatnonzero(plan.flips[k]).tolist():
+            cv2.flip(images[index], 1, dst=images[index])
+        return images, self.labels[order]
+
+    def iterate(
+        self, plan: EpochPlan, start: int = 0, nthread: int = 1, pin_memory: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches start..len(plan)-1 in order, as tensors: (B, 32, 32, 3) uint8 and (B,) int64.
+
+        `nthread` threads prepare batches ahead, at most 2 * nthread of them; with 0 the caller's thread does
+        the work. An exception in a thread reaches the caller. Exhausting or closing the iterator ends its
+        threads.
+        """
+
+        def prepare(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return _tensors(*self.batch(plan, k), pin_memory)
+
+        steps = range(start, len(plan))
+        if nthread == 0:
+            yield from map(prepare, steps)
+            return
+        pool = ThreadPoolExecutor(nthread, thread_name_prefix="batches")
+        pending = deque()
+        try:
+            for k in steps:
+                pending.append(pool.submit(prepare, k))
+                if len(pending) == 2 * nthread:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def eval_batches(
+    images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All pictures in order and unchanged, the last batch perhaps smaller: (B, 32, 32, 3) uint8, (B,) int64.
+
+    Without `pin_memory` the tensors are views of the arrays, not copies.
+    """
+    for start in range(0, len(labels), batch_size):
+        stop = start + batch_size
+        yield _tensors(images[start:stop], labels[start:stop], pin_memory)
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray, pin_memory: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    pair = torch.from_numpy(images), torch.from_numpy(labels)
+    return tuple(tensor.pin_memory() for tensor in pair) if pin_memory else pair

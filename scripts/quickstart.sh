@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# From a fresh clone to three trained networks and their curves: WRN-10-1 on scikit-learn's handwritten digits
+# with SGD, SGD-G and Adam-G, on the CPU or a GPU, in at most 3 minutes on 2 cores once everything is installed.
+#
+#     bash scripts/quickstart.sh [flags for each main.py call]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+install_requirements requirements.txt
+
+out=logs/quickstart
+
+# A run takes some 165 steps, the paper's 78,000. Its Euclidean rate of 0.01 for SGD-G and Adam-G is made for
+# those: here the last layer would stay behind (about 23% test error against SGD's 3%). Hence the rates below,
+# with which all three end near 3%. This shows that everything works; it is not the paper's result.
+train() { # METHOD RATES... [flags of the user]
+    local method=$1
+    shift
+    printf '\n== %s ==\n' "$method"
+    rm -rf "${out:?}/$method" # only what this script made earlier
+    "$python" main.py --dataset digits --depth 10 --width 1 --epochs 15 --epoch_step '[4,9,12]' \
+        --optim_method "$method" --save "$out/$method" "$@"
+}
+
+train SGD "$@"
+train SGDG --lr 0.1 --lrg 0.5 "$@"
+train AdamG --lr 0.1 --lrg 0.1 "$@"
+
+echo
+"$python" scripts/summarize.py "$out" --plots "$out/curves.png"
+printf '\nTo look at the runs in the browser:\n    %q -m tensorboard.main --logdir %q\n' "$python" "$PWD/$out"

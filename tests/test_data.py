@@ -1,0 +1,470 @@
+"""Properties of the data sets, the epoch plan and the batches."""
+
+import io
+import pickle
+import tarfile
+import threading
+import urllib.error
+from dataclasses import replace
+from hashlib import md5
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import EpochPlan, TrainBatches, eval_batches, load_data
+from utils import UserError
+
+
+@pytest.fixture
+def pictures():
+    """50 random pictures with labels that say which picture it is."""
+    images = np.random.default_rng(1).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
+    return images, np.arange(50, dtype=np.int64)
+
+
+def arrays(plan):
+    return plan.order, plan.offsets, plan.flips
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class TestEpochPlan:
+    def test_is_a_pure_function_of_seed_and_epoch(self):
+        first = EpochPlan(1000, 64, seed=3, epoch=7)
+        np.random.default_rng(0).random(10)
+        np.random.seed(5)  # noqa: NPY002 -- the plan must not read numpy's global generator
+        assert same(arrays(first), arrays(EpochPlan(1000, 64, seed=3, epoch=7)))
+
+    @pytest.mark.parametrize(("seed", "epoch"), [(3, 8), (4, 7), (7, 3), (3 + 2**32, 7)])
+    def test_another_seed_or_epoch_is_another_plan(self, seed, epoch):
+        first, other = EpochPlan(1000, 64, seed=3, epoch=7), EpochPlan(1000, 64, seed=seed, epoch=epoch)
+        for a, b in zip(arrays(first), arrays(other), strict=True):
+            assert not np.array_equal(a, b)
+
+    def test_a_large_seed_is_not_a_small_one_with_an_epoch(self):
+        large = EpochPlan(1000, 64, seed=5 + (3 << 32), epoch=0)
+        assert not same(arrays(large), arrays(EpochPlan(1000, 64, seed=5, epoch=3)))
+
+    @pytest.mark.parametrize(("n_images", "batch_size"), [(1000, 64), (128, 64), (64, 64), (65, 64), (5, 1)])
+    def test_full_batches_only_and_no_picture_twice(self, n_images, batch_size):
+        plan = EpochPlan(n_images, batch_size, seed=0, epoch=0)
+        assert len(plan) == n_images // batch_size
+        assert plan.order.shape == plan.flips.shape == (len(plan), batch_size)
+        assert plan.offsets.shape == (len(plan), batch_size, 2)
+        assert len(np.unique(plan.order)) == plan.order.size
+        assert plan.order.min() >= 0
+        assert plan.order.max() < n_images
+
+    @pytest.mark.parametrize("pad", [0, 1, 4, 31])
+    def test_offsets_and_flips_cover_their_range_evenly(self, pad):
+        plan = EpochPlan(20000, 100, seed=0, epoch=0, pad=pad)
+        assert plan.flips.dtype == bool
+        assert 0.48 < plan.flips.mean() < 0.52
+        for axis in range(2):
+            counts = np.bincount(plan.offsets[..., axis].ravel())
+            assert len(counts) == 2 * pad + 1
+            np.testing.assert_allclose(counts / counts.mean(), 1, atol=0.3)
+
+    def test_flip_off_changes_nothing_else(self):
+        plain, mirrored = (EpochPlan(500, 50, seed=0, epoch=0, flip=flip) for flip in (False, True))
+        assert not plain.flips.any()
+        assert same(arrays(plain)[:2], arrays(mirrored)[:2])
+
+    def test_a_batch_larger_than_the_training_set_is_an_error_with_both_numbers(self):
+        with pytest.raises(UserError, match=r"128.*100"):
+            EpochPlan(100, 128, seed=0, epoch=0)
+        with pytest.raises(UserError, match=r"--batchSize 0"):
+            EpochPlan(100, 0, seed=0, epoch=0)
+
+    @pytest.mark.parametrize("pad", [-1, 32])
+    def test_a_pad_that_reflection_does_not_allow_is_an_error(self, pad, pictures):
+        with pytest.raises(UserError, match=f"randomcrop_pad is {pad}"):
+            EpochPlan(100, 10, seed=0, epoch=0, pad=pad)
+        with pytest.raises(UserError, match=f"randomcrop_pad is {pad}"):
+            TrainBatches(*pictures, pad)
+
+
+def naive_batch(images, labels, plan, k):
+    """The paper's augmentation, one picture after the other."""
+    batch = []
+    for index, (top, left), flip in zip(plan.order[k], plan.offsets[k], plan.flips[k], strict=True):
+        p = plan.pad
+        padded = cv2.copyMakeBorder(images[index], p, p, p, p, cv2.BORDER_REFLECT_101)
+        crop = padded[top : top + 32, left : left + 32]
+        batch.append(cv2.flip(crop, 1) if flip else crop)
+    return np.stack(batch), labels[plan.order[k]]
+
+
+class TestTrainBatches:
+    @pytest.mark.parametrize("flip", [False, True])
+    @pytest.mark.parametrize("pad", [0, 1, 4, 31])
+    def test_batch_equals_the_naive_reference(self, pictures, pad, flip):
+        images, labels = pictures
+        before = images.copy()
+        batches = TrainBatches(images, labels, pad)
+        plan = EpochPlan(50, 16, seed=0, epoch=0, pad=pad, flip=flip)
+        for k in (2, 0, 1, 0):  # in any order, and again
+            assert same(batches.batch(plan, k), naive_batch(images, labels, plan, k))
+        assert np.array_equal(images, before)
+
+    def test_the_edge_is_not_repeated(self):
+        ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None], (1, 32, 32, 3)).copy()
+        plan = EpochPlan(1, 1, seed=0, epoch=0, pad=4, flip=False)
+        plan.offsets[:] = 0
+        images, _ = TrainBatches(ramp, np.zeros(1, np.int64), 4).batch(plan, 0)
+        assert images[0, 0, :6, 0].tolist() == [4, 3, 2, 1, 0, 1]
+
+    def test_types_and_layout(self, pictures):
+        plan = EpochPlan(50, 16, seed=0, epoch=0)
+        images, labels = TrainBatches(*pictures, 4).batch(plan, 0)
+        assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
+            (16, 32, 32, 3),
+            np.uint8,
+            (16,),
+            np.int64,
+        )
+        assert images.flags.c_contiguous
+
+    def test_a_plan_for_other_data_is_refused(self, pictures):
+        batches = TrainBatches(*pictures, 4)
+        for plan in (EpochPlan(50, 16, seed=0, epoch=0, pad=3), EpochPlan(49, 16, seed=0, epoch=0)):
+            with pytest.raises(AssertionError):
+                batches.batch(plan, 0)
+
+
+class TestIterate:
+    @pytest.mark.parametrize("nthread", [0, 1, 3])
+    @pytest.mark.parametrize("start", [0, 5, 12, 13])
+    def test_gives_the_plans_batches_whatever_the_threads(self, pictures, nthread, start):
+        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 4, seed=0, epoch=0)
+        assert len(plan) == 12
+        got = list(batches.iterate(plan, start=start, nthread=nthread))
+        assert len(got) == max(0, 12 - start)
+        for k, (images, labels) in enumerate(got, start):
+            assert isinstance(images, torch.Tensor)
+            assert isinstance(labels, torch.Tensor)
+            assert same((images.numpy(), labels.numpy()), batches.batch(plan, k))
+
+    @pytest.mark.parametrize("nthread", [0, 2])
+    def test_an_exception_in_a_worker_reaches_the_caller_in_its_turn(self, pictures, nthread, monkeypatch):
+        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 4, seed=0, epoch=0)
+        batch = batches.batch
+
+        def broken(plan, k):
+            if k == 3:
+                raise OSError("broken at 3")
+            return batch(plan, k)
+
+        monkeypatch.setattr(batches, "batch", broken)
+        before = threading.active_count()
+        iterator = batches.iterate(plan, nthread=nthread)
+        for _ in range(3):
+            next(iterator)
+        with pytest.raises(OSError, match="broken at 3"):
+            next(iterator)
+        assert threading.active_count() == before
+
+    def test_looks_ahead_only_so_far_and_leaves_no_thread(self, pictures, monkeypatch):
+        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 1, seed=0, epoch=0)
+        batch, prepared = batches.batch, []
+
+        def recorded(plan, k):
+            prepared.append(k)
+            return batch(plan, k)
+
+        monkeypatch.setattr(batches, "batch", recorded)
+        before = threading.active_count()
+        iterator = batches.iterate(plan, nthread=3)
+        next(iterator)
+        assert before < threading.active_count() <= before + 3
+        iterator.close()
+        assert threading.active_count() == before
+        assert len(prepared) <= 2 * 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
+def test_eval_batches_are_all_pictures_in_order(pictures, batch_size):
+    images, labels = pictures
+    got = list(eval_batches(images, labels, batch_size))
+    assert len(got) == -(-50 // batch_size)
+    assert torch.equal(torch.cat([x for x, _ in got]), torch.from_numpy(images))
+    assert torch.equal(torch.cat([y for _, y in got]), torch.from_numpy(labels))
+
+
+# CIFAR: tiny archives in the real format, with torchvision's checksums replaced by theirs.
+
+LAYOUTS = {
+    "CIFAR10": (
+        "cifar-10-batches-py",
+        [f"data_batch_{i}" for i in range(1, 6)],
+        "test_batch",
+        "labels",
+        "batches.meta",
+    ),
+    "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
+}
+
+
+def write_archive(dataset, root, monkeypatch):
+    """Writes the archive of `dataset` with 4 random pictures per file; returns what it wrote, file by file."""
+    from torchvision import datasets
+
+    source = getattr(datasets, dataset)
+    folder, train_files, test_file, label_key, meta_file = LAYOUTS[dataset]
+    generator = np.random.default_rng(0)
+    content = {}
+    for name in [*train_files, test_file]:
+        entry = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8)}
+        entry[label_key] = generator.integers(0, 10, 4).tolist()
+        content[name] = entry
+    meta = {source.meta["key"]: [f"class{i}" for i in range(100 if dataset == "CIFAR100" else 10)]}
+    checksums = {}
+    with tarfile.open(root / source.filename, "w:gz") as archive:
+        for name, entry in {**content, meta_file: meta}.items():
+            payload = pickle.dumps(entry)
+            checksums[name] = md5(payload).hexdigest()
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
+    monkeypatch.setattr(source, "tgz_md5", md5((root / source.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(source, "train_list", [[name, checksums[name]] for name in train_files])
+    monkeypatch.setattr(source, "test_list", [[test_file, checksums[test_file]]])
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[meta_file]})
+    return content
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def refuse(*_args, **_kwargs):
+        raise urllib.error.URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(utils.urllib.request, "urlopen", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+class TestCifar:
+    @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100"])
+    def test_reads_the_real_format(self, dataset, tmp_path, monkeypatch):
+        content = write_archive(dataset, tmp_path, monkeypatch)
+        _, train_files, test_file, label_key, _ = LAYOUTS[dataset]
+        loaded = load_data(dataset, tmp_path)
+        for images, labels, files in (
+            (loaded.train_images, loaded.train_labels, train_files),
+            (loaded.test_images, loaded.test_labels, [test_file]),
+        ):
+            assert images.flags.c_contiguous
+            assert images.dtype == np.uint8
+            assert labels.dtype == np.int64
+            # In the file a row holds the red plane, then the green and the blue one, each row by row.
+            rows = np.concatenate([content[name]["data"] for name in files])
+            for channel in range(3):
+                plane = rows[:, channel * 1024 : (channel + 1) * 1024]
+                assert np.array_equal(images[..., channel].reshape(len(rows), 1024), plane)
+            assert labels.tolist() == [label for name in files for label in content[name][label_key]]
+        assert loaded.name == dataset
+        assert len(loaded.classes) == (100 if dataset == "CIFAR100" else 10)
+        assert loaded.flip
+        assert (loaded.mean, loaded.std) == data.CIFAR_STATISTICS[dataset]
+
+    def test_unpacked_data_need_no_archive(self, tmp_path, monkeypatch):
+        write_archive("CIFAR10", tmp_path, monkeypatch)
+        first = load_data("CIFAR10", tmp_path)
+        (tmp_path / "cifar-10-python.tar.gz").unlink()
+        assert load_data("CIFAR10", str(tmp_path)).sha256 == first.sha256
+
+    @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100"])
+    def test_no_network_is_one_sentence_that_says_what_to_do(self, dataset, tmp_path):
+        archive = {"CIFAR10": "cifar-10-python.tar.gz", "CIFAR100": "cifar-100-python.tar.gz"}[dataset]
+        with pytest.raises(UserError) as caught:
+            load_data(dataset, tmp_path / "data")
+        message = str(caught.value)
+        for part in ("could not be downloaded", "name resolution", archive, str(tmp_path / "data"), "digits"):
+            assert part in message
+        assert "\n" not in message
+
+    def test_a_corrupt_archive_is_named(self, tmp_path, monkeypatch):
+        write_archive("CIFAR10", tmp_path, monkeypatch)
+        archive = tmp_path / "cifar-10-python.tar.gz"
+        archive.write_bytes(archive.read_bytes()[:-100])
+        with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is incomplete, corrupt.*--dataset digits"):
+            load_data("CIFAR10", tmp_path)
+
+    def test_an_archive_without_its_files_is_an_error(self, tmp_path, monkeypatch):
+        write_archive("CIFAR10", tmp_path, monkeypatch)
+        from torchvision.datasets import CIFAR10
+
+        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "0" * 32]])
+        with pytest.raises(UserError, match="corrupt"):
+            load_data("CIFAR10", tmp_path)
+
+    def test_a_dataroot_that_is_a_file_is_an_error(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"File exists|Not a directory"):
+            load_data("CIFAR10", tmp_path / "file")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", "unused")
+
+
+class TestDigits:
+    def test_shapes_and_range(self, digits):
+        assert digits.train_images.shape == (1437, 32, 32, 3)
+        assert digits.test_images.shape == (360, 32, 32, 3)
+        assert digits.train_images.dtype == np.uint8
+        assert (digits.train_images.min(), digits.train_images.max()) == (0, 255)
+        assert digits.train_labels.dtype == digits.test_labels.dtype == np.int64
+        assert digits.classes == tuple("0123456789")
+        assert digits.name == "digits"
+        assert not digits.flip
+
+    def test_the_split_is_stratified_disjoint_and_complete(self, digits):
+        train, test = np.bincount(digits.train_labels), np.bincount(digits.test_labels)
+        np.testing.assert_allclose(test / (train + test), 360 / 1797, atol=0.01)
+        from sklearn.datasets import load_digits
+
+        original = load_digits()
+        assert np.array_equal(train + test, np.bincount(original.target))
+        # Every original is there once: the enlarged pictures' mean brightnesses, sorted, are the same numbers.
+        both = np.concatenate([digits.train_images, digits.test_images])[..., 0].mean((1, 2))
+        enlarged = [
+            cv2.resize(np.rint(image * 255 / 16).astype(np.uint8), (32, 32)).mean() for image in original.images
+        ]
+        np.testing.assert_allclose(np.sort(both), np.sort(enlarged))
+
+    def test_is_the_same_every_time(self, digits):
+        assert load_data("digits", "elsewhere").sha256 == digits.sha256
+
+    def test_statistics_are_those_of_the_training_part(self, digits):
+        pixels = digits.train_images.reshape(-1, 3).astype(np.float64)
+        np.testing.assert_allclose(digits.mean, pixels.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(digits.std, pixels.std(0), rtol=1e-9)
+
+
+def test_sha256_depends_on_every_array_and_its_shape(digits):
+    digests = {digits.sha256}
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        changed = getattr(digits, field).copy()
+        changed.flat[-1] += 1
+        digests.add(replace(digits, **{field: changed}).sha256)
+    digests.add(replace(digits, train_images=digits.train_images.reshape(1437, 16, 64, 3)).sha256)
+    assert len(digests) == 6
+
+
+RED, GREEN = (200, 10, 10), (20, 180, 30)  # RGB
+
+
+def write_picture(path, rgb=RED, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.full((*size, 3), rgb[::-1], np.uint8)
+    cv2.imwrite(str(path), image)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, two training pictures and one test picture each."""
+    for part, count in (("train", 2), ("test", 1)):
+        for name, rgb in (("red", RED), ("green", GREEN)):
+            for i in range(count):
+                write_picture(tmp_path / part / name / f"{i}.png", rgb)
+    return tmp_path
+
+
+class TestFolder:
+    def test_reads_classes_in_order_as_rgb(self, folder):
+        loaded = load_data("folder", folder, dataset_name="colours")
+        assert loaded.name == "colours"
+        assert loaded.classes == ("green", "red")
+        assert loaded.train_labels.tolist() == [0, 0, 1, 1]
+        assert loaded.test_labels.tolist() == [0, 1]
+        assert loaded.train_labels.dtype == np.int64
+        assert (loaded.train_images[0] == GREEN).all()
+        assert (loaded.test_images[1] == RED).all()
+        assert loaded.flip
+        np.testing.assert_allclose(loaded.mean, np.mean([RED, GREEN], 0))
+        np.testing.assert_allclose(loaded.std, np.std([RED, GREEN], 0))
+        assert load_data("folder", folder).name == "folder"
+
+    def test_extensions_greyscale_and_sizes_mix_and_hidden_files_are_ignored(self, folder):
+        red = folder / "train" / "red"
+        for name, size in (("a.jpg", (32, 32)), ("b.JPEG", (100, 37)), ("c.bmp", (8, 8)), ("d.WebP", (20, 64))):
+            write_picture(red / name, RED, size)
+        cv2.imwrite(str(red / "e.PNG"), np.full((40, 32), 99, np.uint8))
+        cv2.imwrite(str(red / "f.png"), np.full((32, 32, 4), (10, 10, 200, 0), np.uint8))
+        (red / ".hidden.png").write_text("not a picture")
+        (red / "notes.txt").write_text("not a picture")
+        (folder / "train" / ".cache").mkdir()
+        (folder / "train" / "readme.md").write_text("")
+        loaded = load_data("folder", folder)
+        assert loaded.classes == ("green", "red")
+        # green: 0, 1; red: 0, 1, a, b, c, d, e, f
+        assert loaded.train_images.shape == (10, 32, 32, 3)
+        assert loaded.train_labels.tolist() == [0] * 2 + [1] * 8
+        for index in (4, 5, 6, 7, 9):
+            np.testing.assert_allclose(loaded.train_images[index], np.full((32, 32, 3), RED), atol=4)
+        assert (loaded.train_images[8] == 99).all()
+
+    def test_is_the_same_whatever_the_threads(self, folder):
+        generator = np.random.default_rng(0)
+        for i in range(300):
+            noise = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / "train" / "red" / f"noise{i}.png"), noise)
+        digests = {load_data("folder", folder, nthread=nthread).sha256 for nthread in (0, 1, 3)}
+        assert len(digests) == 1
+
+    def test_a_constant_channel_can_be_divided_by(self, folder):
+        for path in (folder / "train").rglob("*.png"):
+            write_picture(path, (5, path.parent.name == "red", 7))
+        assert load_data("folder", folder).std == (1.0, 0.5, 1.0)
+
+    @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", "truncated"])
+    def test_an_undecodable_picture_is_named(self, folder, content):
+        path = folder / "test" / "green" / "broken.png"
+        if content == "truncated":
+            noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            content = cv2.imencode(".png", noise)[1].tobytes()[:1000]
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot decode .*test/green/broken.png"):
+            load_data("folder", folder)
+
+    def test_an_unreadable_picture_is_named(self, folder):
+        (folder / "test" / "green" / "directory.png").mkdir()
+        with pytest.raises(UserError, match=r"cannot read .*directory.png \(Is a directory\)"):
+            load_data("folder", folder)
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_a_missing_part_is_named(self, folder, part):
+        (folder / part).rename(folder / "elsewhere")
+        with pytest.raises(UserError, match=f"{folder / part}.*No such file"):
+            load_data("folder", folder)
+
+    def test_a_part_without_classes_is_named(self, tmp_path):
+        (tmp_path / "train").mkdir()
+        with pytest.raises(UserError, match=f"{tmp_path / 'train'} has no class folder"):
+            load_data("folder", tmp_path)
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_an_empty_class_is_named(self, folder, part):
+        for path in (folder / part / "red").iterdir():
+            path.unlink()
+        with pytest.raises(UserError, match=f"{folder / part / 'red'} has no picture"):
+            load_data("folder", folder)
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_classes_that_differ_are_named(self, folder, part):
+        write_picture(folder / part / "blue" / "0.png")
+        with pytest.raises(UserError, match="differ in: blue"):
+            load_data("folder", folder)
+
+
+def test_an_unknown_data_set_is_an_error():
+    with pytest.raises(UserError, match=r"MNIST.*CIFAR10, CIFAR100, digits, folder"):
+        load_data("MNIST", "data")

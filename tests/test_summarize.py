@@ -1,0 +1,223 @@
+"""Tables and figures from run directories: what may be in a cell, what is shown, and what is left out."""
+
+import csv
+import json
+
+import pytest
+
+from scripts import summarize
+
+OPTIONS = {
+    "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",
+    "seed": 0, "epochs": 5, "epoch_step": [2, 3], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
+    "weight_decay": 5e-4, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "dropout": 0.3, "device": "cpu",
+    "optim_method": "SGD", "lr": 0.1, "lrg": None, "save": "x", "nthread": 1, "max_minutes": None,
+}  # fmt: skip
+RATES = {"SGD": {}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
+DIGITS = {"name": "digits", "train_images": 1437, "test_images": 360, "sha256": "a" * 64}
+CIFAR10 = {"name": "CIFAR10", "train_images": 50_000, "test_images": 10_000, "sha256": "c" * 64}
+PAPER_RUN = {"dataset": "CIFAR10", "epochs": 200, "epoch_step": [60, 120, 160]}
+
+
+def write_run(path, error, method="SGD", *, data=DIGITS, model="wrn-10-1", written=None, **changes):
+    """A run whose test error falls to `error` in the last epoch, with a better epoch just before it."""
+    options = OPTIONS | {"optim_method": method} | RATES[method] | changes
+    path.mkdir(parents=True)
+    config = {"options": options, "model": model, "data": data, "versions": {}, "device": "cpu", "git_commit": None}
+    (path / "config.json").write_text(json.dumps(config))
+    with (path / "log.txt").open("w") as log:
+        for epoch in range(1, (options["epochs"] if written is None else written) + 1):
+            left = options["epochs"] - epoch
+            now = error + (10 * left / options["epochs"] if left != 1 else -0.5)
+            record = {"epoch": epoch, "train_loss": 0.01 + left, "test_acc": 100 - now, "train_acc": 90.0}
+            record |= {"test_loss": 1.0, "train_time": 2.0, "test_time": 1.0, "images_per_sec": 700.0}
+            log.write(f"json_stats: {json.dumps(options | record)}\n")
+    return path
+
+
+def output(capsys, *arguments):
+    summarize.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def records(tmp_path, capsys, *directories):
+    """The lines of the CSV file for these directories."""
+    target = tmp_path / "table.csv"
+    output(capsys, *directories, "--csv", target)
+    with target.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
+    for seed, error in enumerate((4.0, 3.0, 9.0, 3.5, 5.0)):
+        write_run(tmp_path / f"runs/SGD/seed{seed}", error, seed=seed, save=f"somewhere/{seed}")
+    (cell,) = records(tmp_path, capsys, tmp_path / "runs")
+    assert [float(cell[name]) for name in ("test_error", "min", "max")] == pytest.approx([4.0, 3.0, 9.0])
+    assert (cell["runs"], cell["unfinished"]) == ("5", "0")
+    assert float(cell["train_loss"]) == pytest.approx(0.01)
+    assert "4.00 (3.00 to 9.00, n = 5)" in output(capsys, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"data": DIGITS | {"sha256": "b" * 64}},
+        {"data": DIGITS | {"name": "other"}},
+        {"dtype": "bfloat16"},
+        {"epochs": 6},
+        {"epoch_step": [1, 3]},
+        {"lr": 0.2},
+        {"dropout": 0.0},
+        {"weight_decay": 0.0},
+        {"an_option_of_the_future": 1},
+    ],
+)
+def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(tmp_path, capsys, other):
+    write_run(tmp_path / "runs/a", 4.0)
+    write_run(tmp_path / "runs/b", 8.0, **({"seed": 1} | other))
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert sorted(float(cell["test_error"]) for cell in cells) == pytest.approx([4.0, 8.0])
+
+
+def test_where_and_how_fast_a_run_ran_does_not_split_a_cell(tmp_path, capsys):
+    write_run(tmp_path / "here/a", 4.0)
+    write_run(tmp_path / "there/b", 8.0, seed=1, device="cuda", nthread=4, save="y", max_minutes=3)
+    (cell,) = records(tmp_path, capsys, tmp_path / "here", tmp_path / "there")
+    assert cell["runs"] == "2"
+
+
+def test_an_unfinished_run_is_shown_but_not_counted(tmp_path, capsys):
+    write_run(tmp_path / "runs/SGD/seed0", 4.0)
+    write_run(tmp_path / "runs/SGD/seed1", 1.0, seed=1, written=4)
+    write_run(tmp_path / "runs/SGDG/seed0", 1.0, "SGDG", written=3)
+    write_run(tmp_path / "runs/AdamG/seed0", 1.0, "AdamG", written=0)
+    cells = {cell["method"]: cell for cell in records(tmp_path, capsys, tmp_path / "runs")}
+    assert float(cells["SGD"]["test_error"]) == pytest.approx(4.0)
+    assert (cells["SGD"]["runs"], cells["SGD"]["unfinished"]) == ("1", "1")
+    assert (cells["SGD-G"]["runs"], cells["SGD-G"]["test_error"]) == ("0", "")
+    text = output(capsys, tmp_path / "runs")
+    for shown in ("unfinished (3 of 5 epochs)", "unfinished (0 of 5 epochs)", "seed1: unfinished, 4 of 5 epochs"):
+        assert shown in text
+    assert "**" not in text  # one finished method is no best one
+
+
+def test_a_line_that_is_being_written_is_ignored(tmp_path, capsys):
+    path = write_run(tmp_path / "runs/SGD", 4.0)
+    whole = (path / "log.txt").read_text()
+    last = whole.splitlines(keepends=True)[-1]
+    for missing in range(1, len(last), 97):  # also with nothing missing but the line end
+        (path / "log.txt").write_text(whole[:-missing])
+        assert "unfinished (4 of 5 epochs)" in output(capsys, tmp_path / "runs")
+
+
+def test_methods_stand_side_by_side_with_the_best_in_bold_and_gaps_named(tmp_path, capsys):
+    for seed in range(2):
+        write_run(tmp_path / f"runs/wrn-10-1/SGD/seed{seed}", 5.0, seed=seed)
+        write_run(tmp_path / f"runs/wrn-10-1/AdamG/seed{seed}", 4.0, "AdamG", seed=seed)
+    (row,) = [line for line in output(capsys, tmp_path / "runs").splitlines() if "missing" in line]
+    columns = [column.strip() for column in row.strip("|").split("|")]
+    assert columns == ["WRN-10-1", "5.00 (5.00 to 5.00, n = 2)", "missing", "**4.00** (4.00 to 4.00, n = 2)"]
+
+
+def test_two_protocols_in_two_folders_are_two_rows(tmp_path, capsys):
+    for method in RATES:
+        write_run(tmp_path / f"runs/paper/digits/wrn-10-1/{method}/seed0", 5.0, method)
+        write_run(tmp_path / f"runs/own/digits/wrn-10-1/{method}/seed0", 4.0, method, lr=0.05)
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert [(cell["experiment"], cell["method"]) for cell in cells] == [
+        (folder, method) for folder in ("own", "paper") for method in ("SGD", "SGD-G", "Adam-G")
+    ]
+    assert "missing" not in output(capsys, tmp_path / "runs")
+
+
+def test_a_grid_of_rates_is_a_row_for_each(tmp_path, capsys):
+    for index, lr in enumerate((0.1, 0.2, 0.4)):
+        write_run(tmp_path / f"runs/{index}", 4.0 + index, lr=lr)
+    write_run(tmp_path / "runs/g", 1.0, "SGDG")
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert sorted((cell["lr"], cell["runs"]) for cell in cells) == [(lr, "1") for lr in ("0.01", "0.1", "0.2", "0.4")]
+    text = output(capsys, tmp_path / "runs")
+    assert text.count("missing") == 1 + 2 * 2  # Adam-G, and SGD-G in two rows
+    assert [text.count(f"WRN-10-1 #{number} ") for number in (1, 2, 3, 4)] == [0, 2, 2, 0]  # in both tables
+
+
+def test_a_seed_counts_once_and_the_second_is_named(tmp_path, capsys):
+    write_run(tmp_path / "a/first", 1.0, written=2)
+    write_run(tmp_path / "a/second", 4.0)
+    write_run(tmp_path / "a/third", 4.0)
+    target = tmp_path / "table.csv"
+    text = output(capsys, tmp_path / "a", tmp_path / "a/second", "--csv", target)  # the same folder twice is no twin
+    with target.open() as file:
+        (cell,) = csv.DictReader(file)
+    assert (cell["runs"], cell["unfinished"]) == ("1", "0")  # the finished one counts
+    assert f"{tmp_path / 'a/first'}: seed 0" in text
+    assert f"{tmp_path / 'a/third'}: seed 0" in text
+    assert text.count("seed 0 of the same settings") == 2
+
+
+def test_the_papers_number_stands_beside_ours_only_where_it_may(tmp_path, capsys):
+    named = {"data": CIFAR10, "model": "wrn-28-10"}
+    write_run(tmp_path / "full/SGD/seed0", 4.0, **named, **PAPER_RUN)
+    write_run(tmp_path / "short/SGD/seed0", 9.0, **named, dataset="CIFAR10")
+    write_run(tmp_path / "archive/SGD/seed0", 9.0, **named | {"data": CIFAR10 | {"train_images": 500}}, **PAPER_RUN)
+    (full,) = records(tmp_path, capsys, tmp_path / "full")
+    assert (float(full["paper"]), float(full["difference"])) == pytest.approx((3.89, 0.11))
+    (short,) = records(tmp_path, capsys, tmp_path / "short")
+    assert (short["paper"], short["difference"]) == ("3.89", "")
+    assert "the paper trained 200 epochs" in output(capsys, tmp_path / "short")
+    (archive,) = records(tmp_path, capsys, tmp_path / "archive")
+    assert (archive["paper"], archive["difference"]) == ("", "")
+
+
+def test_the_papers_networks_that_have_not_run_are_missing(tmp_path, capsys):
+    for seed in range(2):
+        run = tmp_path / f"runs/seed{seed}"
+        write_run(run, 4.0, data=CIFAR10, model="wrn-28-10", seed=seed, **PAPER_RUN)
+    text = output(capsys, tmp_path / "runs")
+    assert "4.00 (4.00 to 4.00, n = 2); paper 3.89" in text
+    for network in ("VGG-13", "VGG-19", "WRN-40-10"):
+        (line,) = [line for line in text.splitlines() if network in line]
+        assert line.count("missing; paper") == 3
+
+
+def test_figures_are_drawn_and_linked(tmp_path, capsys):
+    for method in RATES:
+        for seed in range(2):
+            write_run(tmp_path / f"runs/{method}/seed{seed}", 4.0, method, seed=seed)
+    write_run(tmp_path / "runs/AdamG/seed2", 4.0, "AdamG", seed=2, written=2)
+    write_run(tmp_path / "runs/started", 4.0, written=0, depth=16, model="wrn-16-1")
+    markdown = tmp_path / "docs/results.md"
+    for x in ("epoch", "time"):
+        output(capsys, tmp_path / "runs", "--plots", tmp_path / "docs/figures", "--markdown", markdown, "--x", x)
+    figures = list((tmp_path / "docs/figures").iterdir())
+    assert {figure.name for figure in figures} == {"digits-wrn-10-1.png", "digits-wrn-10-1-time.png"}
+    assert all(figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000 for figure in figures)
+    assert "(figures/digits-wrn-10-1-time.png)" in markdown.read_text()
+
+
+def test_rows_of_one_network_get_figures_of_their_own(tmp_path, capsys):
+    for index in range(3):
+        write_run(tmp_path / f"runs/{index}", 4.0, lr=0.1 * (1 + index))
+    output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures")
+    assert len(list((tmp_path / "figures").iterdir())) == 3
+    with pytest.raises(SystemExit, match="3 figures"):
+        summarize.main([str(tmp_path / "runs"), "--plots", str(tmp_path / "one.png")])
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_said(tmp_path, capsys):
+    write_run(tmp_path / "runs/good", 4.0)
+    (write_run(tmp_path / "runs/torn", 4.0) / "config.json").write_text('{"options": {')
+    (write_run(tmp_path / "runs/old", 4.0) / "config.json").write_text('{"options": {}}')
+    text = output(capsys, tmp_path / "runs")
+    assert f"{tmp_path / 'runs/torn'}: its config.json" in text
+    assert f"{tmp_path / 'runs/old'}: its config.json" in text
+    assert "it has no data, model, device" in text
+
+
+def test_nothing_to_read_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="No usable run"):
+        summarize.main([str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        summarize.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+    assert "is not a directory" in capsys.readouterr().err
