@@ -1,0 +1,344 @@
+"""The operators are the paper's geometry; the optimizers are the update rules; nothing else is touched."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import grassmann_optimizer as go
+from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, unit
+from resnet import WideResNet
+
+BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def rows(*shape, dtype=torch.float64):
+    return unit(torch.randn(*shape, dtype=dtype))[0]
+
+
+def tangent(y, length=None):
+    h = go.project(y, torch.randn_like(y))
+    return h if length is None else unit(h)[0] * length
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+def test_unit_gives_directions_and_lengths_and_leaves_zero_rows_zero():
+    v = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e30, 0.0], [0.0, -1e-30]])
+    u, norms = unit(v)
+    assert_close(u, torch.tensor([[0.6, 0.8], [0, 0], [1, 0], [0, -1]]))
+    assert_close(norms.squeeze(1), torch.tensor([5, 0, 1e30, 1e-30]))
+
+
+def test_project_is_tangent_and_keeps_tangents():
+    y = rows(5, 7)
+    h = tangent(y)
+    assert_close((y * h).sum(-1), torch.zeros(5, dtype=y.dtype))
+    assert_close(go.project(y, h), h)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, math.pi, 5.0])
+def test_exp_map_stays_on_the_sphere_at_geodesic_distance_h(length):
+    y = rows(5, 7)
+    z = go.exp_map(y, tangent(y, length))
+    assert_close(z.norm(dim=-1), torch.ones(5, dtype=y.dtype))
+    distance = (y * z).sum(-1).clamp(-1, 1).acos()
+    on_circle = min(length, 2 * math.pi - length)
+    assert_close(distance, torch.full_like(distance, on_circle), atol=1e-7, rtol=0)
+
+
+def test_exp_map_of_zero_is_the_identity_and_of_a_turn_comes_back():
+    y = rows(5, 7)
+    assert torch.equal(go.exp_map(y, torch.zeros_like(y)), y)
+    assert_close(go.exp_map(y, tangent(y, 2 * math.pi)), y)
+
+
+def test_parallel_translation_is_an_isometry_into_the_new_tangent_space_and_undoes_itself():
+    y = rows(5, 7)
+    h, a, b = tangent(y), tangent(y), tangent(y)
+    z = go.exp_map(y, h)
+    ta, tb = go.parallel_translate(a, y, h), go.parallel_translate(b, y, h)
+    assert_close((ta * z).sum(-1), torch.zeros(5, dtype=y.dtype))
+    assert_close((ta * tb).sum(-1), (a * b).sum(-1))
+    assert torch.equal(go.parallel_translate(a, y, torch.zeros_like(h)), a)
+    back = -go.parallel_translate(h, y, h)
+    assert_close(go.exp_map(z, back), y)
+    assert_close(go.parallel_translate(ta, z, back), a)
+
+
+def test_equation_9_is_equation_8_for_the_step_itself():
+    y = rows(5, 7)
+    h = tangent(y)
+    norm = h.norm(dim=-1, keepdim=True)
+    assert_close(go.parallel_translate(h, y, h), h * norm.cos() - y * norm * norm.sin())
+
+
+def test_clipping_shortens_long_rows_only():
+    y = rows(2, 7)
+    h = torch.cat([tangent(y[:1], 5.0), tangent(y[1:], 0.05)])
+    clipped = go.clip_by_norm(h, 0.1)
+    assert_close(clipped.norm(dim=-1), torch.tensor([0.1, 0.05], dtype=h.dtype))
+    assert_close(unit(clipped)[0], unit(h)[0])
+
+
+def test_orthogonality_gradient_is_autograds():
+    y = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    loss = (y @ y.T - torch.eye(5, dtype=y.dtype)).square().sum() / 2
+    loss.backward()
+    assert_close(go.orthogonality_gradient(y.detach()), y.grad)
+
+
+# ----------------------------------------------------------------------------------------------- one step
+
+
+def test_in_the_plane_a_step_of_sgdg_is_a_rotation_by_lr_times_the_clipped_gradient():
+    for gradient, nu in [(0.05, 0.1), (5.0, 0.1), (5.0, None)]:
+        p = nn.Parameter(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+        p.grad = torch.tensor([[7.0, gradient]], dtype=torch.float64)
+        SGDG([p], lr=0.3, momentum=0.9, grassmann=True, grad_clip=nu).step()
+        angle = 0.3 * min(gradient, nu or math.inf)
+        assert_close(p.detach(), torch.tensor([[math.cos(angle), -math.sin(angle)]], dtype=torch.float64))
+
+
+def run_optimizer(Optimizer, weight, gradients, **options):
+    """The weight after one step for each gradient."""
+    p = nn.Parameter(weight.clone())
+    options = {"lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.1, **options}
+    optimizer = Optimizer([p], **options)
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+    return p.detach()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimizer_is_the_update_rule(Optimizer, dtype):
+    weight = torch.randn(4, 3, 3, 3, dtype=dtype)
+    gradients = [torch.randn(4, 3, 3, 3, dtype=dtype) for _ in range(5)]
+    y = weight.double().flatten(1)
+    tau, v = torch.zeros_like(y), torch.zeros(4, 1, dtype=y.dtype)
+    for t, g in enumerate(gradients, 1):
+        g = g.double().flatten(1)
+        if Optimizer is SGDG:
+            y, tau = go.sgdg_update(y, g, tau, lr=0.2, momentum=0.9, omega=0.1, grad_clip=0.1)
+        else:
+            step = torch.tensor(t, dtype=y.dtype)
+            rates = {"lr": 0.2, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
+            y, tau, v = go.adamg_update(y, g, tau, v, step, **rates, omega=0.1, grad_clip=0.1)
+    got = run_optimizer(Optimizer, weight, gradients).flatten(1).double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert_close(got, y, rtol=tolerance, atol=tolerance)
+
+
+def test_adamg_by_hand():
+    """Two steps of Algorithm 2 in the plane, where a row is an angle and translation keeps m's signed length."""
+    angle, m, v = 0.0, 0.0, 0.0
+    p = nn.Parameter(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+    optimizer = AdamG([p], lr=0.3, momentum=0.9, grassmann=True, grad_clip=0.1)
+    for t, slope in enumerate([0.05, -0.7], 1):
+        p.grad = slope * torch.tensor([[-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
+        optimizer.step()
+        h = max(-0.1, min(0.1, slope))
+        m, v = 0.9 * m + 0.1 * h, 0.99 * v + 0.01 * h * h
+        angle -= 0.3 * math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / math.sqrt(v + 1e-8)
+        assert_close(p.detach(), torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64))
+
+
+@BOTH
+def test_any_storage_of_weight_and_gradient_gives_the_same_trajectory(Optimizer):
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    gradients = [torch.randn(4, 3, 3, 3, dtype=torch.float64) for _ in range(5)]
+    last = torch.channels_last
+    expected = run_optimizer(Optimizer, weight, gradients)
+    for w in (weight, weight.to(memory_format=last), weight.transpose(1, 3).contiguous().transpose(1, 3)):
+        for convert in (lambda g: g, lambda g: g.to(memory_format=last)):
+            got = run_optimizer(Optimizer, w, [convert(g) for g in gradients])
+            assert got.stride() == w.stride()
+            assert_close(got, expected)
+
+
+@BOTH
+def test_a_weights_length_has_no_effect(Optimizer):
+    weight = torch.randn(4, 9, dtype=torch.float64)
+    gradients = [torch.randn(4, 9, dtype=torch.float64) for _ in range(5)]
+    assert_close(
+        run_optimizer(Optimizer, 2.5 * weight, gradients),
+        run_optimizer(Optimizer, weight, gradients),
+        rtol=1e-10,
+        atol=0,
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("grassmann", [True, False])
+@pytest.mark.parametrize("decay", [0, 5e-4])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_gradients_are_read_only(Optimizer, grassmann, decay, maximize):
+    params = [nn.Parameter(torch.randn(4, 9)) for _ in range(2)]
+    options = {"momentum": 0.9, "weight_decay": decay, "nesterov": not grassmann, "maximize": maximize}
+    optimizer = Optimizer(params, lr=0.1, grassmann=grassmann, grad_clip=0.1, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        before = [p.grad.clone() for p in params]
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("decay", [0, 5e-4])
+def test_other_groups_are_torchs_sgd_bit_for_bit(Optimizer, decay):
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": decay}
+    optimizers = [Optimizer([ours], **options), torch.optim.SGD([theirs], **options)]
+    for _ in range(5):
+        ours.grad = torch.randn(3, 4)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@BOTH
+def test_limits_at_zero(Optimizer):
+    options = {"omega": 0.0}
+    y = rows(3, 5)
+    zero = torch.zeros(3, 5, dtype=torch.float64)
+    assert_close(run_optimizer(Optimizer, y, [zero], **options), y, rtol=0, atol=1e-15)
+    assert torch.equal(run_optimizer(Optimizer, zero, [zero], **options), zero)
+    g = torch.randn(3, 5, dtype=torch.float64)
+    assert_close(unit(run_optimizer(Optimizer, zero, [g], **options))[0], -unit(g)[0])
+
+
+# ------------------------------------------------------------------------------------------------- groups
+
+
+def test_groups_are_the_authors_name_rule_for_these_networks():
+    for depth, width in [(10, 1), (16, 4), (28, 10)]:
+        model = WideResNet(depth, width, 10)
+        by_name = {"on G(1,n)": [], "bn/bias": [], "other": []}
+        for name, p in model.named_parameters():
+            if "conv" in name and p.shape[0] < p.shape[1:].numel():
+                by_name["on G(1,n)"].append(p)
+            elif "bn" in name or name.endswith("bias"):
+                by_name["bn/bias"].append(p)
+            else:
+                by_name["other"].append(p)
+        groups = {g["name"]: g["params"] for g in grassmann_param_groups(model, 0.01, 0.2)}
+        assert {k: set(map(id, v)) for k, v in groups.items()} == {k: set(map(id, v)) for k, v in by_name.items()}
+
+
+def test_groups_by_type_and_shape():
+    tied = nn.Linear(8, 8)
+    model = nn.ModuleDict(
+        {
+            "conv1d": nn.Conv1d(4, 8, 3),
+            "conv3d": nn.Conv3d(2, 4, 3),
+            "wide": nn.Conv2d(2, 32, 3),
+            "transposed": nn.ConvTranspose2d(4, 8, 3),
+            "frozen": nn.Conv2d(8, 8, 3).requires_grad_(False),
+            "linear": tied,
+            "again": tied,
+            "embedding": nn.Embedding(3, 50),
+            "bn": nn.BatchNorm2d(8),
+        }
+    )
+    groups = {g["name"]: g for g in grassmann_param_groups(model, 0.01, 0.2, weight_decay=1e-3, bn_decay=1e-4)}
+    params = {k: set(map(id, g["params"])) for k, g in groups.items()}
+    assert params["on G(1,n)"] == {id(model["conv1d"].weight), id(model["conv3d"].weight)}
+    others = (model[k].weight for k in ("wide", "transposed", "linear", "embedding"))
+    assert params["other"] == set(map(id, others))
+    assert params["bn/bias"] == {id(p) for p in model.parameters() if p.ndim < 2 and p.requires_grad}
+    assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
+    for p in groups["on G(1,n)"]["params"]:
+        assert_close(p.flatten(1).norm(dim=1), torch.ones(p.shape[0]))
+    assert (groups["on G(1,n)"]["lr"], groups["other"]["lr"], groups["bn/bias"]["lr"]) == (0.2, 0.01, 0.01)
+    assert (groups["other"]["weight_decay"], groups["bn/bias"]["weight_decay"]) == (1e-3, 1e-4)
+
+
+@BOTH
+def test_the_explicit_form_and_the_helper_train_alike(Optimizer):
+    model = WideResNet(10, 1, 10)
+    twin = copy.deepcopy(model)
+    helper = Optimizer(grassmann_param_groups(model, 0.01, 0.2))
+    g, e0, e1 = (group["params"] for group in grassmann_param_groups(twin, 0.01, 0.2))
+    explicit = Optimizer(
+        [
+            {"params": g, "lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.1},
+            {"params": e0, "lr": 0.01, "momentum": 0.9, "grassmann": False, "weight_decay": 0, "nesterov": True},
+            {"params": e1, "lr": 0.01, "momentum": 0.9, "grassmann": False, "weight_decay": 5e-4, "nesterov": True},
+        ]
+    )
+    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for _ in range(2):
+        for net, optimizer in ((model, helper), (twin, explicit)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), labels).backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lr": -1.0}, "lr.*-1"),
+        ({"momentum": -0.5}, "momentum.*-0.5"),
+        ({"weight_decay": -0.1}, "weight_decay.*-0.1"),
+        ({"omega": -0.1}, "omega.*-0.1"),
+        ({"grad_clip": 0.0}, "grad_clip.*0.0"),
+        ({"nesterov": True}, "nesterov.*momentum"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.5}, "nesterov.*dampening"),
+    ],
+)
+def test_a_bad_value_is_named(Optimizer, options, named):
+    with pytest.raises(ValueError, match=named):
+        Optimizer([nn.Parameter(torch.ones(2, 3))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"beta2": 1.0}, "beta2.*1.0"),
+        ({"beta2": -0.1}, "beta2"),
+        ({"epsilon": 0.0}, "epsilon.*0.0"),
+        ({"momentum": 1.0, "grassmann": True}, "momentum.*1.0.*beta1"),
+    ],
+)
+def test_a_bad_value_of_adamg_is_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        AdamG([nn.Parameter(torch.ones(2, 3))], **options)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("shape", "omega", "named"),
+    [((5,), 0, "two or more dimensions"), ((5, 1), 0, "at least two elements"), ((5, 2), 0.1, "5 rows of 2")],
+)
+def test_a_weight_without_rows_on_the_manifold_is_refused(Optimizer, shape, omega, named):
+    with pytest.raises(ValueError, match=named):
+        Optimizer([nn.Parameter(torch.ones(shape))], grassmann=True, omega=omega)
+
+
+@BOTH
+def test_a_misspelt_group_option_is_refused_and_a_schedulers_is_not(Optimizer):
+    p = nn.Parameter(torch.ones(2, 3))
+    for wrong, right in [("grassman", "grassmann"), ("weightdecay", "weight_decay")]:
+        with pytest.raises(ValueError, match=f"{wrong}.*{right}"):
+            Optimizer([{"params": [p], wrong: 1}])
+    optimizer = Optimizer([{"params": [p], "initial_lr": 0.1, "name": "all", "lr_scale": 2}])
+    assert optimizer.param_groups[0]["lr_scale"] == 2
