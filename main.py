@@ -150,94 +150,83 @@ def precision(text: str) -> str:
     return "float32" if text == "float" else text
 
 
+def default_text(option: str) -> str:
+    """The default of an option, for --help: from DEFAULTS, or the paper's for each method or data set."""
+    if option in DEFAULTS:
+        value = DEFAULTS[option]
+        return "off" if value is False else str(value)
+    texts = []
+    for name, protocol in PROTOCOLS.items():
+        if option in protocol["SGD"]:
+            rates = ((method, protocol[method][option]) for method in ("SGD", "SGDG", "AdamG"))
+            texts.append(f"{name}: " + ", ".join(f"{method} {rate}" for method, rate in rates if rate is not None))
+        else:
+            value = {**protocol, **protocol["schedule"]}[option]
+            texts.append(f"{name}: {value}".replace("{", "").replace("}", "").replace("'", ""))
+    return "the paper's, " + "; ".join(texts)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All flags. None has a default here: what is not given comes from a checkpoint, the paper or DEFAULTS."""
     parser = Parser(
         description=__doc__.split("\n\n")[0],
-        epilog="The paper's values depend on model, data set and method; they stand in PROTOCOLS in main.py.",
+        epilog="Without flags this is the paper's SGD baseline, WRN-28-10 on CIFAR-10.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     rate = number(float, 0)
 
+    def flag(*names: str, help: str, default: str | None = None, **kwargs) -> None:
+        action = group.add_argument(*names, help=help, **kwargs)
+        action.help += f" (default: {default or default_text(action.dest)})"
+
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["resnet"], help="network (default: resnet)")
-    group.add_argument("--depth", type=number(int, 1), help="depth 6n+4 of a Wide ResNet (default: 28)")
-    group.add_argument("--width", type=number(int, 1), help="its widening factor (default: 10)")
-    group.add_argument(
-        "--dropout", type=number(float, 0, 1), help="dropout between a block's convolutions (default: the paper's)"
-    )
+    flag("--model", choices=["resnet"], help="network")
+    flag("--depth", type=number(int, 1), help="depth 6n+4 of a Wide ResNet")
+    flag("--width", type=number(int, 1), help="its widening factor")
+    flag("--dropout", type=number(float, 0, 1), help="dropout between a block's two convolutions")
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=list(PROTOCOL_OF), help="CIFAR is downloaded; digits needs no network (default: CIFAR10)"
-    )
-    group.add_argument(
-        "--dataroot", help="where data sets are; for folder: holds train/CLASS/*.png and test/... (default: ./data)"
-    )
-    group.add_argument("--dataset_name", help="what a folder is called in logs (default: folder)")
-    group.add_argument(
-        "--randomcrop_pad",
-        type=number(int, 0, 32),
-        help="reflected border before the random crop, in pixels (default: 4)",
-    )
-    group.add_argument("--nthread", type=number(int, 0), help="threads that prepare batches; 0: none (default: 1)")
+    flag("--dataset", choices=list(PROTOCOL_OF), help="CIFAR is downloaded; digits needs no network")
+    flag("--dataroot", help="where data sets are; for folder it holds train/CLASS/*.png and test/...")
+    flag("--dataset_name", default="folder", help="what a folder is called in logs")
+    flag("--randomcrop_pad", type=number(int, 0, 32), help="reflected border before the random crop, in pixels")
+    flag("--nthread", type=number(int, 0), help="threads that prepare batches; 0: none of their own")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--optim_method", choices=["SGD", "SGDG", "AdamG"], help="(default: SGD)")
-    group.add_argument("--batchSize", "--batch_size", dest="batch_size", type=number(int, 1), help="(default: 128)")
-    group.add_argument(
-        "--lr", type=rate, help="learning rate of SGD's, BN's and other parameters (default: the paper's)"
-    )
-    group.add_argument("--lrg", type=rate, help="learning rate on G(1,n) (default: the paper's)")
-    group.add_argument("--momentum", type=number(float, 0, 1), help="(default: 0.9)")
-    group.add_argument("--weightDecay", "--weight_decay", dest="weight_decay", type=rate, help="(default: 5e-4)")
-    group.add_argument(
-        "--bnDecay",
-        "--bn_decay",
-        dest="bn_decay",
-        type=rate,
-        help="weight decay of BN and biases (default: the paper's)",
-    )
-    group.add_argument("--omega", type=rate, help="orthogonality regularizer on G(1,n) (default: 0.1)")
-    group.add_argument(
-        "--grad_clip", type=clip_threshold, help="norm clipping on G(1,n); 0 or none: off (default: 0.1)"
-    )
-    group.add_argument("--epochs", type=number(int, 1), help="(default: the paper's)")
-    group.add_argument(
-        "--epoch_step", type=epoch_list, help="epochs after which the learning rates drop (default: the paper's)"
-    )
-    group.add_argument(
-        "--lr_decay_ratio", type=number(float, 0, exclusive=True), help="by which factor (default: the paper's)"
-    )
+    flag("--optim_method", choices=["SGD", "SGDG", "AdamG"], help="optimizer")
+    flag("--batchSize", "--batch_size", dest="batch_size", type=number(int, 1), help="pictures in a step")
+    flag("--lr", type=rate, help="learning rate of everything that is not on G(1,n)")
+    flag("--lrg", type=rate, help="learning rate on G(1,n)")
+    flag("--momentum", type=number(float, 0, 1), help="of SGD and SGD-G; beta1 of Adam-G")
+    flag("--weightDecay", "--weight_decay", dest="weight_decay", type=rate, help="of other weights")
+    flag("--bnDecay", "--bn_decay", dest="bn_decay", type=rate, help="weight decay of BN and biases")
+    flag("--omega", type=rate, help="orthogonality regularizer on G(1,n)")
+    flag("--grad_clip", type=clip_threshold, help="norm clipping on G(1,n); 0 or none: off")
+    flag("--epochs", type=number(int, 1), help="epochs in all")
+    flag("--epoch_step", type=epoch_list, help="finished epochs after which the learning rates drop, as '[60,120]'")
+    flag("--lr_decay_ratio", type=number(float, 0, exclusive=True), help="factor of a drop")
 
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--save", type=Path, help="the run's directory (default: logs/<dataset>/<model>/<method>/seed<k>)"
-    )
-    group.add_argument(
+    save = "logs/<dataset>/<model>/<method>/seed<k>"
+    flag("--save", type=Path, default=save, help="the run's directory")
+    flag(
         "--resume",
         metavar="DIR",
-        help="continue the run in DIR, or from a checkpoint file; auto: the one in --save, if any",
+        default="none",
+        help="continue the run in DIR, or a file; auto: that in --save, if any",
     )
-    group.add_argument("--eval", action="store_true", help="evaluate the checkpoint that --resume names; no training")
-    group.add_argument("--seed", type=number(int, 0, 2**63), help="(default: 0)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], help="(default: auto)")
-    group.add_argument(
-        "--dtype",
-        type=precision,
-        choices=["float32", "bfloat16", "float16"],
-        help="autocast precision (default: float32)",
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument(
-        "--max_minutes", type=number(float, 0, exclusive=True), help="stop after so many minutes, ready to be resumed"
-    )
+    flag("--eval", action="store_true", default="off", help="evaluate the checkpoint that --resume names; no training")
+    flag("--seed", type=number(int, 0, 2**63), help="of weights, dropout, data order and augmentation")
+    flag("--device", choices=["auto", "cpu", "cuda"], help="auto takes a GPU where there is one")
+    flag("--dtype", type=precision, choices=["float32", "bfloat16", "float16"], help="precision of autocast")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    flag("--max_minutes", type=number(float, 0, exclusive=True), default="none", help="then stop, ready to be resumed")
 
     group = parser.add_argument_group("flags of the authors' script, accepted where they change nothing")
     group.add_argument("--cuda", action="store_true", help="now --device cuda")
-    for flag, (_, way) in LEGACY.items():
-        group.add_argument(f"--{flag}", help=way)
+    for name, (_, way) in LEGACY.items():
+        group.add_argument(f"--{name}", help=way)
     return parser
 
 
