@@ -51,7 +51,7 @@ def project(y: Tensor, g: Tensor) -> Tensor:
 
 
 def clip_by_norm(h: Tensor, nu: float) -> Tensor:
-    """Norm clipping of each row: h * min(1, nu / |h|) (section 4.3). h: (..., rows, n); nu > 0, in radians per unit lr."""
+    """Norm clipping of each row: h * min(1, nu / |h|). h: (..., rows, n); nu > 0, in radians per unit lr."""
     direction, norm = unit(h)
     return torch.where(norm > nu, direction * nu, h)
 
@@ -67,7 +67,7 @@ def exp_map(y: Tensor, h: Tensor) -> Tensor:
 
 
 def parallel_translate(delta: Tensor, y: Tensor, h: Tensor) -> Tensor:
-    """Carry delta along the geodesic from y to exp_y(h): delta - (u'delta)(y sin|h| + u (1 - cos|h|)), u = h/|h| (Eq. 8).
+    """Carry delta from y to exp_y(h): delta - (u'delta)(y sin|h| + u (1 - cos|h|)), u = h/|h| (Eq. 8).
 
     Args:
         delta, y, h: (..., rows, n); delta and h tangent at y. With delta = h this is Eq. 9: h cos|h| - y |h| sin|h|.
@@ -78,7 +78,7 @@ def parallel_translate(delta: Tensor, y: Tensor, h: Tensor) -> Tensor:
 
 
 def orthogonality_gradient(y: Tensor) -> Tensor:
-    """Gradient of (1/2) ||Y Y' - I||_F^2 with respect to Y: 2 (Y Y' - I) Y (section 4.4; omega multiplies it).
+    """Gradient of (1/2) ||Y Y' - I||_F^2 with respect to Y: 2 (Y Y' - I) Y (omega multiplies it).
 
     Args:
         y: (..., rows, n), unit rows. Needs rows <= n to have a minimum of 0.
@@ -102,7 +102,7 @@ def _riemannian_gradient(y: Tensor, g: Tensor, omega: float, grad_clip: float | 
 def sgdg_update(
     y: Tensor, g: Tensor, tau: Tensor, *, lr: float, momentum: float, omega: float, grad_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """One step of SGD-G (the paper's Algorithm 1): the new (y, tau). All tensors (..., rows, n); nothing is changed."""
+    """One step of the paper's SGD-G: the new (y, tau). All tensors (..., rows, n); nothing is changed."""
     y, _ = unit(y)
     h = _riemannian_gradient(y, g, omega, grad_clip)
     d = momentum * tau - lr * h
@@ -123,7 +123,7 @@ def adamg_update(
     omega: float,
     grad_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Adam-G (the paper's Algorithm 2): the new (y, m, v). Nothing is changed.
+    """One step of the paper's Adam-G: the new (y, m, v). Nothing is changed.
 
     Args:
         y, g, m: (..., rows, n). v: (..., rows, 1), one adaptive scale for each row, so that no direction is bent.
@@ -153,7 +153,7 @@ class _GrassmannOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's; ValueError for an option out of range, a misspelt one, or a weight that has no rows on G(1, n)."""
+        """As torch's; ValueError for an option out of range or misspelt, or a weight without rows on G(1, n)."""
         params = param_group["params"]
         param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
         group = {**self.defaults, **param_group}
@@ -215,7 +215,7 @@ class _GrassmannOptimizer(Optimizer):
 
 
 class SGDG(_GrassmannOptimizer):
-    """SGD with momentum on the product of G(1, n)s, one for each row of a weight (the paper's Algorithm 1).
+    """SGD with momentum on the product of G(1, n)s, one for each row of a weight: the paper's SGD-G.
 
     A group with `grassmann=True` moves the rows of its weights (dimension 0 counts the rows) along geodesics. Any other
     group is plain SGD with momentum. Meant for weights whose length does not matter, as those that feed a batch
@@ -234,7 +234,8 @@ class SGDG(_GrassmannOptimizer):
         ValueError: an option out of range or misspelt; `grassmann=True` on a parameter without rows of at least two
             elements, or with more rows than a row has elements while omega > 0.
 
-    Rows that are not of unit length are made so by the first step. State: `momentum_buffer` (tau, shaped as the weight).
+    Rows that are not of unit length are made so by the first step. State there: `momentum_buffer` (tau, shaped
+    as the weight).
     """
 
     def __init__(
@@ -266,7 +267,7 @@ class SGDG(_GrassmannOptimizer):
 
 
 class AdamG(_GrassmannOptimizer):
-    """Adam on the product of G(1, n)s, one adaptive scale for each row of a weight (the paper's Algorithm 2).
+    """Adam on the product of G(1, n)s, one adaptive scale for each row of a weight: Adam-G.
 
     As `SGDG`, with `momentum` as beta1 of a group on G(1, n) (below 1), and there
 
@@ -312,16 +313,15 @@ class AdamG(_GrassmannOptimizer):
         return y
 
 
-_OPTIONS = (
-    "lr momentum dampening weight_decay nesterov grassmann omega grad_clip maximize".split()  # of both optimizers
-)
+# Of both optimizers.
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "grassmann", "omega", "grad_clip", "maximize")
 
 
 def _rows(t: Tensor, weight: Tensor) -> Tensor:
     """t as (rows, n), the elements of a row in the order in which `weight` stores them.
 
-    Everything on G(1, n) is row by row, so any order serves as long as weight, gradient and state share it. A view where
-    t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
+    Everything on G(1, n) is row by row, so any order serves as long as weight, gradient and state share it. A view
+    where t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
     """
     return t.permute(0, *_storage_order(weight)).reshape(t.shape[0], -1)
 
@@ -369,8 +369,8 @@ def _check_rows(p: Tensor, omega: float) -> None:
         raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter of shape {shape}")
     if omega > 0 and rows > n:
         raise ValueError(
-            f"omega={omega} asks for orthogonal rows, but a parameter of shape {shape} has {rows} rows of {n} elements; "
-            "give it a group with omega=0"
+            f"omega={omega} asks for orthogonal rows, but a parameter of shape {shape} has {rows} rows of {n} "
+            "elements; give it a group with omega=0"
         )
 
 
@@ -389,7 +389,7 @@ def grassmann_param_groups(
     weight_decay: float = 5e-4,
     bn_decay: float = 0.0,
 ) -> list[dict]:
-    """Sort a model's trainable parameters into the groups of the paper (section 5), ready for `SGDG` or `AdamG`.
+    """Sort a model's trainable parameters into the groups of the paper, ready for `SGDG` or `AdamG`.
 
     By module type and shape, not by name:
         "on G(1,n)"  weights of Conv1d/2d/3d with fewer rows than elements in a row: lrg, momentum, omega, grad_clip
@@ -399,8 +399,9 @@ def grassmann_param_groups(
 
     Frozen parameters are left out, tied ones counted once, empty groups dropped.
 
-    Warning: sets the rows of the Grassmann weights to unit length, in place. Where a batch normalization follows, the
-    network computes the same; elsewhere (a residual block's last convolution) this changes what a trained one computes.
+    Warning: sets the rows of the Grassmann weights to unit length, in place, which changes what a trained network
+    computes: in evaluation mode the running averages of a following batch normalization belong to the old lengths until
+    training renews them; where none follows (a residual block's last convolution) the output itself changes.
 
     Args:
         lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n).

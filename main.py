@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ from utils import (
     write_json,
 )
 
-# The paper's hyperparameters (section 5). An option that is not given takes its value from here.
+# The paper's hyperparameters. An option that is not given takes its value from here.
 PROTOCOLS = {
     "CIFAR": {
         "schedule": {"epochs": 200, "epoch_step": [60, 120, 160], "lr_decay_ratio": 0.2},
@@ -134,7 +135,7 @@ def epoch_list(text: str) -> list[int]:
     """An argparse type: '[60,120,160]'."""
     try:
         epochs = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
         epochs = None
     if (
         not isinstance(epochs, list)
@@ -286,6 +287,8 @@ def without_unused(options: dict) -> dict:
 
 def continue_with(given: dict, stored: dict, path: Path) -> dict:
     """The checkpoint's options, with those given that may change on the way; UsageError for any other difference."""
+    if odd := stored.keys() ^ fill_in({}).keys():
+        raise UserError(f"{path} is of another version of main.py, whose options differ in {', '.join(sorted(odd))}")
     given = {name: value for name, value in without_unused({**stored, **given}).items() if name in given}
     for name, value in given.items():
         if name not in MAY_CHANGE and value != stored[name]:
@@ -447,6 +450,18 @@ class Training:
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, wrong
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)  # first with a non-finite loss; 0: none
 
+    def plan(self) -> EpochPlan:
+        """What this epoch does with the pictures; UserError if the training set has no full batch."""
+        options, n = self.options, len(self.data.train_labels)
+        return EpochPlan(
+            n,
+            options.batch_size,
+            seed=options.seed,
+            epoch=self.epoch,
+            pad=options.randomcrop_pad,
+            flip=self.data.flip,
+        )
+
     def inputs(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, H, W, 3) on the host -> normalized float32 (B, 3, H, W), channels_last, on the device; labels."""
         x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -461,6 +476,10 @@ class Training:
         """The current lr and lrg (None where nothing is on G(1,n))."""
         rates = {bool(group.get("grassmann")): group["lr"] for group in self.optimizer.param_groups}
         return {"lr": rates[False], "lrg": rates.get(True)}
+
+    def test_error(self) -> float:
+        """Of the last finished epoch, in %."""
+        return 100 - self.history[-1]["test_acc"]
 
     def check_finite(self) -> None:
         """UserError if a loss of this epoch, or a weight, is not finite."""
@@ -493,20 +512,21 @@ class Training:
 
     def restore(self, state: dict) -> None:
         """Go on where the checkpoint was written; UserError where it belongs to another model or other data."""
-        if state["data_sha256"] != self.data.sha256:
-            raise UserError("the checkpoint was trained on other pictures than --dataset and --dataroot hold now")
         try:
+            if state["data_sha256"] != self.data.sha256:
+                raise UserError("the checkpoint was trained on other pictures than --dataset and --dataroot hold now")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
             self.sums.copy_(state["sums"])
             self.probe.sums.copy_(state["probe"]["sums"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint is of another model ({str(error).splitlines()[0]})") from error
-        self.epoch, self.batch, self.train_time = state["epoch"], state["batch"], state["train_time"]
-        self.probe.steps, self.history = state["probe"]["steps"], state["history"]
-        set_generator_states(state["generators"])
+            self.epoch, self.batch, self.train_time = state["epoch"], state["batch"], state["train_time"]
+            self.probe.steps, self.history = state["probe"]["steps"], state["history"]
+            set_generator_states(state["generators"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
+            raise UserError(f"the checkpoint is of another model or not whole ({reason}); start a new run") from error
         now = environment(self.device)
         if changed := [
             f"{key} {old} then, {now[key]} now" for key, old in state["environment"].items() if old != now[key]
@@ -531,15 +551,15 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
     """Train from batch t.batch to the end of the epoch, or until `stop`. No step waits for the device."""
     options = t.options
-    flip = t.data.flip
-    n = len(t.data.train_labels)
-    plan = EpochPlan(n, options.batch_size, seed=options.seed, epoch=t.epoch, pad=options.randomcrop_pad, flip=flip)
+    plan = t.plan()
     read_every, probe_every = math.ceil(len(plan) / 10), math.ceil(len(plan) / 4)
     pin = t.device.type == "cuda"
     t.model.train()
     started = time.perf_counter()
     title = f"epoch {t.epoch + 1}/{options.epochs}"
-    with tqdm(total=len(plan), initial=t.batch, desc=title, leave=False, disable=not sys.stderr.isatty()) as bar:
+    form = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"  # fits 80 columns
+    shown = sys.stderr.isatty()
+    with tqdm(total=len(plan), initial=t.batch, desc=title, bar_format=form, leave=False, disable=not shown) as bar:
         first = t.batch
         for images, labels in batches.iterate(plan, start=first, nthread=options.nthread, pin_memory=pin):
             x, labels = t.inputs(images, labels)
@@ -570,7 +590,7 @@ def show_progress(t: Training, bar: tqdm, steps_per_second: float) -> None:
         t.check_finite()
     loss, wrong = (t.sums / t.batch).tolist()
     size = t.options.batch_size
-    bar.set_postfix_str(f"loss {loss:.4f}, error {100 * wrong / size:.2f}%, {steps_per_second * size:.0f} images/s")
+    bar.set_postfix_str(f"loss {loss:.4f}, error {100 * wrong / size:.2f}%, {steps_per_second * size:.0f} img/s")
 
 
 @torch.no_grad()
@@ -640,11 +660,9 @@ def finish_epoch(t: Training, log: RunLog, test_loss: float, test_error: float, 
 def train(t: Training, stop: StopRequest) -> int:
     """Train to the last epoch or until `stop`, with a checkpoint after every epoch; returns the exit code."""
     options = t.options
-    if t.epoch > options.epochs:
-        raise UsageError(f"--epochs {options.epochs}: the checkpoint has {t.epoch} finished epochs already")
     log = RunLog(options.save, t.history)
     batches = TrainBatches(t.data.train_images, t.data.train_labels, options.randomcrop_pad)
-    steps = len(t.data.train_labels) // options.batch_size
+    steps = len(t.plan())
     checkpoint = options.save / CHECKPOINT
     if t.epoch == 0:
         describe_to_tensorboard(t, log, batches)
@@ -659,41 +677,46 @@ def train(t: Training, stop: StopRequest) -> int:
                     f"the test loss is not finite after epoch {t.epoch + 1}; the last good checkpoint is kept"
                 )
             finish_epoch(t, log, *result, time.perf_counter() - started)
+            if t.epoch == options.epochs:
+                log_hyperparameters(t, log)  # before the checkpoint that says that nothing is left to do
         save_checkpoint(checkpoint, t.state())
         if stop and t.epoch < options.epochs:
             log.close()
             where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
-            print(f"stopped by {stop.reason} {where}; to continue: python main.py --resume {options.save}")
+            way = f"python main.py --resume {shlex.quote(str(options.save))}"
+            print(f"stopped by {stop.reason} {where}; to continue: {way}")
             return stop.exit_code
-    last = t.history[-1]
-    metrics = {"hparam/test_error": 100 - last["test_acc"], "hparam/train_loss": last["train_loss"]}
-    plain = {name: "none" if value is None else value for name, value in run_options(options).items()}
+    log.close()
+    print(f"finished {t.epoch} epochs: test error {t.test_error():.2f}%; logs are in {options.save}")
+    return 0
+
+
+def log_hyperparameters(t: Training, log: RunLog) -> None:
+    """The options and what came of them, for TensorBoard's table of runs."""
+    metrics = {"hparam/test_error": t.test_error(), "hparam/train_loss": t.history[-1]["train_loss"]}
+    plain = {name: "none" if value is None else value for name, value in run_options(t.options).items()}
     hparams = {name: str(value) if isinstance(value, list) else value for name, value in plain.items()}
     log.board.add_hparams(hparams, metrics, run_name=".", global_step=t.epoch)
-    log.close()
-    print(f"finished {t.epoch} epochs: test error {metrics['hparam/test_error']:.2f}%; logs are in {options.save}")
-    return 0
 
 
 def describe_to_tensorboard(t: Training, log: RunLog, batches: TrainBatches) -> None:
     """The configuration as text and a grid of augmented pictures, as the first epoch sees them."""
-    options = t.options
-    n = len(t.data.train_labels)
-    plan = EpochPlan(n, options.batch_size, seed=options.seed, epoch=0, pad=options.randomcrop_pad, flip=t.data.flip)
-    text = "\n".join(f"    {line}" for line in (options.save / CONFIG).read_text().splitlines())
+    text = "\n".join(f"    {line}" for line in (t.options.save / CONFIG).read_text().splitlines())
     log.board.add_text("config", text, 0)
-    log.board.add_images("augmented pictures", batches.batch(plan, 0)[0][:64], 0, dataformats="NHWC")
+    log.board.add_images("augmented pictures", batches.batch(t.plan(), 0)[0][:64], 0, dataformats="NHWC")
 
 
-def claim_directory(save: Path, resuming: bool) -> None:
-    """Make the run's directory; UserError if it cannot be written, UsageError if another run is in it."""
+def claim_directory(save: Path, resume: str | None) -> None:
+    """Make the run's directory; UserError if it cannot be written, UsageError if a run other than `resume` is in it."""
     try:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{CONFIG}.tmp").touch()
         (save / f"{CONFIG}.tmp").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
-    if not resuming and any((save / name).exists() for name in (CONFIG, LOG, CHECKPOINT)):
+    source = Path(resume) if resume not in (None, "auto") else save
+    own = resume is not None and (source if source.is_dir() else source.parent).samefile(save)
+    if not own and any((save / name).exists() for name in (CONFIG, LOG, CHECKPOINT)):
         raise UsageError(f"{save} already holds a run; continue it with --resume auto, or choose another --save")
 
 
@@ -762,7 +785,7 @@ def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
     options, checkpoint = parse_options(argv)
     if not options.eval:
-        claim_directory(options.save, resuming=options.resume is not None)
+        claim_directory(options.save, options.resume)
     # The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a search.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -776,6 +799,12 @@ def run(argv: list[str] | None) -> int:
     if options.eval:
         loss, error = evaluate(t)
         print(f"{options.resume} after {t.epoch} epochs: test loss {loss:.4f}, error {error:.2f}%")
+        return 0
+    t.plan()  # an impossible --batchSize ends here, before a file is written
+    if t.epoch > options.epochs:
+        raise UsageError(f"--epochs {options.epochs}: the checkpoint has {t.epoch} finished epochs already")
+    if t.epoch == options.epochs:
+        print(f"nothing to do: {options.save} has its {t.epoch} epochs (test error {t.test_error():.2f}%)")
         return 0
     write_config(t)
     print_start(t)

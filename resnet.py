@@ -1,4 +1,4 @@
-"""Wide ResNet (Zagoruyko & Komodakis, 2016) as trained in "Riemannian approach to batch normalization", section 5.
+"""Wide ResNet (Zagoruyko & Komodakis, 2016) as trained in "Riemannian approach to batch normalization".
 
 WRN-d-k: a 3x3 convolution 3 -> 16; three groups of n = (d - 4) / 6 pre-activation blocks of widths 16k, 32k, 64k and
 strides 1, 2, 2; batch normalization, ReLU, global average pool, linear classifier. The model knows nothing of training.

@@ -75,7 +75,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(
             f"{path} is not a whole checkpoint ({type(error).__name__}); resume from another one"
         ) from error
-    if not isinstance(state, dict) or not {"model", "optimizer", "options", "epoch"} <= state.keys():
+    keys = {"model", "optimizer", "options", "epoch"}
+    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["options"], dict):
         raise UserError(f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt")
     return state
 

@@ -46,6 +46,7 @@ install_requirements() {
     stamp=$("$python" -c 'import sys; print(sys.prefix)')/.installed-$1
     hash=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1")
     if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then return; fi
+    rm -f "$stamp" # a failed installation leaves neither the old state nor the new one
     echo "Installing $1 ..."
     "$python" -m pip install --quiet --disable-pip-version-check -r "$1" ||
         fail "Installing $1 failed: see pip's message above, check the network, and run this command again."

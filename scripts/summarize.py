@@ -307,13 +307,17 @@ def summary(row, cell, section):
 
 
 def other_options(cell, section):
-    """The options besides the rates in which cells of the same network and method differ, as 'dropout 0'."""
-    mine = cell.options
+    """The options besides the rates that are not the same for all runs of this network, as 'dropout 0.0'.
+
+    Those that belong to a method are compared among the runs of that method.
+    """
+    mine, model = cell.options, cell.any_run.config["model"]
     cells = [other for row in section for other in row.cells.values()]
-    alike = [other.options for other in cells if cell.any_run.config["model"] == other.any_run.config["model"]]
-    alike = [options for options in alike if options["optim_method"] == mine["optim_method"]]
-    names = [name for name in mine if name not in NO_RESULT and name not in ("lr", "lrg")]
-    return ", ".join(f"{name} {mine[name]}" for name in names if any(other.get(name) != mine[name] for other in alike))
+    alike = [other.options for other in cells if other.any_run.config["model"] == model]
+    same_method = [options for options in alike if options["optim_method"] == mine["optim_method"]]
+    names = [name for name in mine if name not in NO_RESULT and name not in ("optim_method", "lr", "lrg")]
+    differing = [n for n in names if any(o.get(n) != mine[n] for o in (same_method if n in CELL else alike))]
+    return ", ".join(f"{name} {mine[name]}" for name in differing)
 
 
 def data_label(run):
@@ -468,6 +472,7 @@ def draw(row, path, x):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for panel, quantity in zip(panels, ("Training loss", "Test error (%)"), strict=True):
@@ -478,6 +483,9 @@ def draw(row, path, x):
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())  # or a short range would be labelled 6 x 10^-1
     panels[0].plot([], [], color=DROP, linestyle=":", label="learning rates drop")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     limit_errors(panels[1], row)

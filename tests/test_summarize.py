@@ -141,6 +141,18 @@ def test_a_grid_of_rates_is_a_row_for_each(tmp_path, capsys):
     assert [text.count(f"WRN-10-1 #{number} ") for number in (1, 2, 3, 4)] == [0, 2, 2, 0]  # in both tables
 
 
+def test_options_besides_the_rates_are_named_where_they_differ(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 4.0, dropout=0.0)
+    write_run(tmp_path / "runs/b", 5.0, weight_decay=0.1)
+    write_run(tmp_path / "runs/c", 5.0, "SGDG", bn_decay=0.1)  # a method's own, with nothing to differ from
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert {(cell["method"], cell["other_options"]) for cell in cells} == {
+        ("SGD", "weight_decay 0.0005, dropout 0.0"),
+        ("SGD", "weight_decay 0.1, dropout 0.3"),
+        ("SGD-G", "dropout 0.3"),
+    }
+
+
 def test_a_seed_counts_once_and_the_second_is_named(tmp_path, capsys):
     write_run(tmp_path / "a/first", 1.0, written=2)
     write_run(tmp_path / "a/second", 4.0)

@@ -1,0 +1,407 @@
+"""What a run leaves behind: config.json, log.txt, TensorBoard, a checkpoint that is whole; and the probe's numbers."""
+
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import METHODS, STEPS, assert_one_sentence, assert_same_run, bits, call, contents, load, log_lines
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import main
+import utils
+from data import load_data
+from grassmann_optimizer import SGDG, unit
+from utils import UserError
+
+RATES = {"SGD": (0.1, None), "SGDG": (0.01, 0.2), "AdamG": (0.01, 0.05)}
+
+
+def board(directory) -> EventAccumulator:
+    """All that TensorBoard knows of the run in `directory`; there must be no second run below it."""
+    assert not [path for path in directory.iterdir() if path.is_dir()]
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return events.Reload()
+
+
+class TestConfig:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_holds_options_versions_device_and_commit(self, finished, method):
+        config = json.loads((finished[method][0] / "config.json").read_text())
+        assert config["options"]["optim_method"] == method
+        assert (config["options"]["lr"], config["options"]["lrg"]) == RATES[method]
+        assert config["options"]["epoch_step"] == [1]
+        assert config["versions"]["torch"] == torch.__version__
+        assert config["versions"].keys() >= {"python", "numpy", "opencv"}
+        assert "CPU" in config["device"]
+        assert config["threads"] == 1
+        assert config["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", config["git_commit"])
+
+    def test_holds_the_number_of_pictures_and_the_digest_of_the_arrays(self, finished, pictures_root):
+        recorded = json.loads((finished["SGD"][0] / "config.json").read_text())["data"]
+        data = load_data("folder", pictures_root)
+        assert (recorded["train_images"], recorded["test_images"], recorded["classes"]) == (48, 18, 3)
+        assert recorded["sha256"] == data.sha256
+        assert len(recorded["sha256"]) == len(hashlib.sha256().hexdigest())
+        assert recorded["mean"] == list(data.mean)
+        assert recorded["std"] == list(data.std)
+
+
+class TestLog:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_has_one_line_per_epoch_with_every_key(self, finished, method):
+        save = finished[method][0]
+        config = json.loads((save / "config.json").read_text())
+        lines = (save / "log.txt").read_text().splitlines()
+        assert len(lines) == 2
+        for k, line in enumerate(lines, 1):
+            assert line.startswith("json_stats: {")
+            stats = json.loads(line.removeprefix("json_stats: "))
+            assert stats["epoch"] == k
+            for key in ("train_loss", "test_loss", "train_time", "test_time", "images_per_sec"):
+                assert 0 < stats[key] < math.inf
+            for key in ("train_acc", "test_acc"):
+                assert 0 <= stats[key] <= 100
+            assert stats["train_acc"] * 48 / 100 == pytest.approx(round(stats["train_acc"] * 48 / 100))
+            assert stats["test_acc"] * 18 / 100 == pytest.approx(round(stats["test_acc"] * 18 / 100))
+            assert stats["images_per_sec"] == pytest.approx(48 / stats["train_time"])
+            assert (stats["n_parameters"], stats["num_classes"]) == (77_395, 3)
+            own = ("lr", "lrg")  # of this epoch, where the option is that of the first
+            assert {k: stats[k] for k in config["options"] if k not in own} == {
+                k: v for k, v in config["options"].items() if k not in own
+            }
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_rates_drop_in_the_epochs_of_epoch_step_counted_from_0(self, tiny, tmp_path, method):
+        flags = ["--epochs", 4, "--epoch_step", "[1,3]", "--lr_decay_ratio", 0.5]
+        assert call(*tiny(method, tmp_path / "run", *flags)).code == 0
+        lr, lrg = RATES[method]
+        for k, stats in enumerate(log_lines(tmp_path / "run")):
+            factor = 0.5 ** ((k >= 1) + (k >= 3))
+            assert stats["lr"] == pytest.approx(lr * factor)
+            assert stats["lrg"] == (None if lrg is None else pytest.approx(lrg * factor))
+
+    def test_the_line_on_the_terminal_says_the_same(self, finished):
+        save, outcome = finished["SGDG"]
+        shown = re.findall(r"train loss ([\d.]+) error +([\d.]+)%  test ([\d.]+) +([\d.]+)%", outcome.out)
+        for numbers, stats in zip(shown, log_lines(save), strict=True):
+            expected = stats["train_loss"], 100 - stats["train_acc"], stats["test_loss"], 100 - stats["test_acc"]
+            assert tuple(map(float, numbers)) == pytest.approx(expected, abs=0.0051)
+
+
+class TestTensorBoard:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_has_the_scalars_of_every_epoch_with_its_wall_time(self, finished, method):
+        save = finished[method][0]
+        events, log = board(save), log_lines(save)
+        tags = {
+            "loss/train": [stats["train_loss"] for stats in log],
+            "loss/test": [stats["test_loss"] for stats in log],
+            "error/train": [100 - stats["train_acc"] for stats in log],
+            "error/test": [100 - stats["test_acc"] for stats in log],
+            "learning_rate/lr": [stats["lr"] for stats in log],
+        }
+        if method != "SGD":
+            tags["learning_rate/lrg"] = [stats["lrg"] for stats in log]
+        for tag, values in tags.items():
+            assert [e.step for e in events.Scalars(tag)] == [1, 2]
+            assert [e.value for e in events.Scalars(tag)] == pytest.approx(values, rel=1e-6)
+            assert all(abs(e.wall_time - time.time()) < 3600 for e in events.Scalars(tag))
+        assert [e.step for e in events.Scalars("images_per_sec")] == [1, 2]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_has_the_probe_of_each_grassmann_layer(self, finished, method):
+        events = board(finished[method][0])
+        layers = ["conv0"] + [f"group{i}.block0.conv{j}" for i in range(3) for j in (0, 1)]
+        wanted = {f"{name}/{layer}" for name in main.GrassmannProbe.NAMES for layer in layers}
+        found = {tag for tag in events.Tags()["scalars"] if tag.split("/")[0] in main.GrassmannProbe.NAMES}
+        assert found == (set() if method == "SGD" else wanted)
+        for tag in found:
+            assert [e.step for e in events.Scalars(tag)] == [1, 2]
+
+    def test_has_configuration_pictures_and_hyperparameters_in_the_same_run(self, finished):
+        save = finished["AdamG"][0]
+        events = board(save)
+        text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert '"optim_method": "AdamG"' in text
+        (grid,) = events.Images("augmented pictures")
+        assert (grid.height, grid.width) >= (64, 64)  # at least two rows and two columns of pictures
+        last = log_lines(save)[-1]
+        (error,), (loss,) = events.Scalars("hparam/test_error"), events.Scalars("hparam/train_loss")
+        assert (error.step, loss.step) == (2, 2)
+        assert error.value == pytest.approx(100 - last["test_acc"], rel=1e-6)
+        assert loss.value == pytest.approx(last["train_loss"], rel=1e-6)
+        start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        for name in ("optim_method", "lrg", "epoch_step"):
+            assert name.encode() in start
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_is_tensors_and_plain_values_only(self, finished, method):
+        def walk(value, where):
+            if isinstance(value, dict):
+                for key, item in value.items():
+                    assert type(key) in (str, int), where
+                    walk(item, f"{where}.{key}")
+            elif type(value) in (list, tuple):
+                for index, item in enumerate(value):
+                    walk(item, f"{where}[{index}]")
+            elif isinstance(value, torch.Tensor):
+                assert type(value) is torch.Tensor, where
+                assert value.device.type == "cpu", where
+            else:
+                assert type(value) in (str, int, float, bool, type(None)), where
+
+        state = load(finished[method][0])  # weights_only=True
+        walk(state, method)
+        parts = "model optimizer schedule scaler epoch batch sums options generators environment"
+        assert state.keys() >= set(parts.split())
+        assert state["environment"]["threads"] == 1
+        assert (state["epoch"], state["batch"]) == (2, 0)
+
+    def test_its_directory_has_nothing_left_over(self, finished):
+        for save, _ in finished.values():
+            names = {re.sub(r"^events.*", "events", path.name) for path in save.iterdir()}
+            assert names == {"config.json", "log.txt", "checkpoint.pt", "events"}
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_same_command_twice_gives_the_same_bits(self, tiny, finished, tmp_path, method):
+        torch.rand(7)  # the run does not depend on what was drawn before it
+        assert call(*tiny(method, tmp_path / "again")).code == 0
+        assert_same_run(tmp_path / "again", finished[method][0])
+
+    def test_another_seed_gives_another_network(self, tiny, finished, tmp_path):
+        assert call(*tiny("SGDG", tmp_path / "run", "--seed", 1)).code == 0
+        ours, theirs = load(tmp_path / "run")["model"], load(finished["SGDG"][0])["model"]
+        assert not torch.equal(ours["conv0.weight"], theirs["conv0.weight"])
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_eval_prints_the_numbers_of_the_last_epoch(self, finished, method):
+        save, outcome = finished[method]
+        before = contents(save)
+        loss, error = re.findall(r"test ([\d.]+) +([\d.]+)%", outcome.out)[-1]
+        for source in (save, save / "checkpoint.pt"):
+            evaluated = call("--eval", "--resume", source)
+            assert (evaluated.code, evaluated.err) == (0, "")
+            assert f"test loss {loss}, error {error}%" in evaluated.out
+        assert contents(save) == before
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_bfloat16_trains_on_the_cpu(self, tiny, finished, tmp_path, method):
+        assert call(*tiny(method, tmp_path / "run", "--dtype", "bfloat16")).code == 0
+        stats, full = log_lines(tmp_path / "run")[-1], log_lines(finished[method][0])[-1]
+        assert stats["dtype"] == "bfloat16"
+        assert stats["train_loss"] != full["train_loss"]
+        assert stats["train_loss"] == pytest.approx(full["train_loss"], rel=0.3)
+        for value in load(tmp_path / "run")["model"].values():
+            assert value.dtype in (torch.float32, torch.int64)  # only the computation is in bfloat16
+
+
+class Broken(io.RawIOBase):
+    """A value whose pickling fails when half of the file is written."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+class TestInterruptedWrite:
+    def fails_with(self, path, value):
+        with pytest.raises(UserError, match=r"cannot write .*free some space"):
+            utils.save_checkpoint(path, value)
+
+    def test_a_failing_write_leaves_the_old_file_whole(self, tmp_path):
+        path = tmp_path / "checkpoint.pt"
+        utils.save_checkpoint(path, {"model": torch.arange(1000)})
+        before = contents(tmp_path)
+        self.fails_with(path, {"model": torch.zeros(1000), "then": Broken()})
+        assert contents(tmp_path) == before
+
+    def test_a_failing_write_leaves_no_half_file(self, tmp_path):
+        self.fails_with(tmp_path / "checkpoint.pt", {"model": Broken()})
+        assert contents(tmp_path) == {}
+
+    @pytest.mark.parametrize("function", ["replace", "fsync"])
+    def test_a_failing_system_call_leaves_the_old_file_whole(self, tmp_path, monkeypatch, function):
+        path = tmp_path / "checkpoint.pt"
+        utils.save_checkpoint(path, {"model": torch.arange(1000)})
+        before = contents(tmp_path)
+
+        def fail(*args):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(utils.os, function, fail)
+        self.fails_with(path, {"model": torch.zeros(1000)})
+        assert contents(tmp_path) == before
+
+    def test_the_old_file_is_there_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
+        path = tmp_path / "checkpoint.pt"
+        utils.save_checkpoint(path, {"model": torch.arange(1000)})
+        before, replace = path.read_bytes(), utils.os.replace
+
+        def look(source, target):
+            assert target == path
+            assert path.read_bytes() == before
+            assert torch.load(source, weights_only=True)["model"].sum() == 0
+            replace(source, target)
+
+        monkeypatch.setattr(utils.os, "replace", look)
+        utils.save_checkpoint(path, {"model": torch.zeros(1000)})
+        assert torch.load(path, weights_only=True)["model"].sum() == 0
+
+    def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(self, tiny, finished, tmp_path, monkeypatch):
+        save = tmp_path / "run"
+        kept, write = [], main.save_checkpoint
+
+        def fill_up(path, state):
+            if state["epoch"] == 2:
+                kept.append(path.read_bytes())
+                state = {**state, "history": Broken()}
+            write(path, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "save_checkpoint", fill_up)
+            assert_one_sentence(call(*tiny("SGDG", save)), 1, r"checkpoint\.pt", "No space left")
+        assert (save / "checkpoint.pt").read_bytes() == kept[0]
+        assert call(*tiny("SGDG", save, "--resume", "auto")).code == 0
+        assert_same_run(save, finished["SGDG"][0])
+
+
+class TestNotFinite:
+    def test_a_diverging_run_stops_with_one_sentence(self, tiny, tmp_path):
+        outcome = call(*tiny("SGD", tmp_path / "run", "--lr", "1e30"))
+        assert_one_sentence(outcome, 1, "not finite", r"epoch 1, step 2\b", r"lr 1e\+30")
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
+        assert log_lines(tmp_path / "run") == []
+
+    def test_the_last_good_checkpoint_stays(self, tiny, tmp_path):
+        save = tmp_path / "run"
+        assert call(*tiny("SGD", save, "--epochs", 1, "--lr_decay_ratio", "1e31")).code == 0
+        good = (save / "checkpoint.pt").read_bytes()
+        outcome = call("--resume", save, "--epochs", 2)
+        assert_one_sentence(outcome, 1, "not finite", "epoch 2, step 2", r"lr 1e\+30", "kept")
+        assert (save / "checkpoint.pt").read_bytes() == good
+        assert [stats["epoch"] for stats in log_lines(save)] == [1]
+
+    def poison(self, monkeypatch, reduction, at):
+        """Make the at-th training loss (reduction mean) or test loss (sum) infinite, counted from 1."""
+        calls, true_loss = [], main.cross_entropy
+
+        def loss(logits, labels, **kwargs):
+            calls.append(kwargs.get("reduction", "mean"))
+            bad = calls[-1] == reduction and calls.count(reduction) == at
+            return true_loss(logits, labels, **kwargs) * (math.inf if bad else 1)
+
+        monkeypatch.setattr(main, "cross_entropy", loss)
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("step", range(1, STEPS + 1))
+    def test_the_first_bad_step_is_named(self, tiny, tmp_path, monkeypatch, method, step):
+        self.poison(monkeypatch, "mean", STEPS + step)
+        rates = [rf"lr {0.2 * RATES[method][0]:g}\b"]
+        if method != "SGD":
+            rates.append(rf"lrg {0.2 * RATES[method][1]:g}\b")
+        outcome = call(*tiny(method, tmp_path / "run"))
+        assert_one_sentence(outcome, 1, rf"epoch 2, step {step}\b", *rates)
+        assert load(tmp_path / "run")["epoch"] == 1
+
+    def test_a_stop_does_not_hide_it(self, tiny, tmp_path, monkeypatch):
+        self.poison(monkeypatch, "mean", 1)
+        outcome = call(*tiny("SGD", tmp_path / "run", "--max_minutes", "1e-9"))
+        assert_one_sentence(outcome, 1, "epoch 1, step 1")
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+    def test_neither_a_test_loss(self, tiny, tmp_path, monkeypatch):
+        self.poison(monkeypatch, "sum", 4)  # the second of the second epoch's two test batches
+        outcome = call(*tiny("SGD", tmp_path / "run"))
+        assert_one_sentence(outcome, 1, "test loss is not finite after epoch 2")
+        assert load(tmp_path / "run")["epoch"] == len(log_lines(tmp_path / "run")) == 1
+
+
+class TestProbe:
+    """The probe on one layer whose movement is known in closed form."""
+
+    def probe(self, weight, grad, *, lr, omega=0.0, grad_clip=0.1):
+        layer = nn.Conv2d(1, len(weight), weight.shape[1:], bias=False)
+        layer.weight.data = weight.clone()[:, None]
+        layer.weight.grad = grad.clone()[:, None]
+        groups = [{"params": [layer.weight], "grassmann": True, "omega": omega, "grad_clip": grad_clip, "lr": lr}]
+        optimizer = SGDG(groups)
+        probe = main.GrassmannProbe(nn.Sequential(layer), optimizer, torch.device("cpu"))
+        probe.active = True
+        optimizer.step()
+        return probe, layer.weight.detach()[:, 0]
+
+    def orthonormal(self, rows=6, n=16):
+        q, _ = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))
+        return q[:rows].reshape(rows, 4, n // 4).contiguous(), q[rows : 2 * rows].reshape(rows, 4, n // 4)
+
+    def test_a_clipped_step_moves_by_the_rate_times_the_threshold(self):
+        y, tangent = self.orthonormal()
+        probe, _ = self.probe(y, 50 * tangent, lr=0.2)
+        means, layers = probe.read()
+        assert means["angle_degrees"] == pytest.approx(math.degrees(0.2 * 0.1), rel=1e-4)
+        assert means["clipped_share"] == 1
+        assert means["row_cosine"] == pytest.approx(0, abs=1e-6)
+        assert layers == {f"{name}/0": pytest.approx(value) for name, value in means.items()}
+
+    def test_a_step_below_the_threshold_moves_by_the_rate_times_the_gradient(self):
+        y, tangent = self.orthonormal()
+        length = torch.tensor([0.02, 0.04, 0.06, 0.08, 0.2, 0.4]).view(-1, 1, 1)  # the last two are clipped to 0.1
+        means, _ = self.probe(y, length * tangent + 3 * y, lr=0.5)[0].read()
+        assert means["angle_degrees"] == pytest.approx(math.degrees(0.5 * (0.2 + 0.2) / 6), rel=1e-4)
+        assert means["clipped_share"] == pytest.approx(2 / 6)
+
+    def test_rest_and_no_clipping(self):
+        y, tangent = self.orthonormal()
+        means, _ = self.probe(y, torch.zeros_like(y), lr=0.5)[0].read()
+        assert (means["angle_degrees"], means["clipped_share"]) == (pytest.approx(0, abs=1e-4), 0)
+        means, _ = self.probe(y, 5 * tangent, lr=0.5, grad_clip=None)[0].read()
+        assert means["clipped_share"] == 0
+        assert means["angle_degrees"] == pytest.approx(math.degrees(2.5), rel=1e-4)
+
+    def test_equal_rows_have_cosine_1(self):
+        y = self.orthonormal()[0][:1].repeat(4, 1, 1)
+        y[::2] *= -1
+        assert self.probe(y, torch.zeros_like(y), lr=0.1)[0].read()[0]["row_cosine"] == pytest.approx(1)
+
+    def test_random_steps_agree_with_the_angle_between_before_and_after(self):
+        g = torch.Generator().manual_seed(1)
+        before, grad = (torch.randn(8, 3, 3, generator=g) for _ in "12")
+        probe, after = self.probe(before, grad, lr=2.0, omega=0.1)
+        a, b = (unit(w.double().flatten(1))[0] for w in (before, after))
+        cos = (a * b).sum(1)
+        assert probe.read()[0]["angle_degrees"] == pytest.approx(cos.acos().rad2deg().mean().item(), rel=1e-4)
+        off = (a @ a.T).abs()[~torch.eye(8, dtype=torch.bool)]
+        assert probe.sums.abs().sum() == 0  # read() starts anew
+        probe, _ = self.probe(before, grad, lr=2.0, omega=0.1)
+        assert probe.read()[0]["row_cosine"] == pytest.approx(off.mean().item(), rel=1e-4)
+
+    def test_only_the_steps_before_which_it_is_active_count(self):
+        y, tangent = self.orthonormal()
+        probe, _ = self.probe(y, 50 * tangent, lr=0.2)
+        probe.read()
+        assert probe.read() == (dict.fromkeys(main.GrassmannProbe.NAMES), {})
+
+    @pytest.mark.parametrize("method", ["SGDG", "AdamG"])
+    def test_measuring_changes_no_bit_of_the_weights(self, tiny, finished, tmp_path, monkeypatch, method):
+        monkeypatch.setattr(main.GrassmannProbe, "_measure_before", lambda *args: None)
+        monkeypatch.setattr(main.GrassmannProbe, "_measure_after", lambda *args: None)
+        assert call(*tiny(method, tmp_path / "run")).code == 0
+        ours, theirs = load(tmp_path / "run"), load(finished[method][0])
+        assert bits(ours["model"]) == bits(theirs["model"])
+        assert bits(ours["optimizer"]) == bits(theirs["optimizer"])
+
+
+def test_a_run_can_be_moved(finished, tmp_path):
+    """Everything that resumes or evaluates needs only the directory."""
+    moved = shutil.copytree(finished["SGD"][0], tmp_path / "a name with spaces")
+    assert call("--eval", "--resume", moved).code == 0
+    assert call("--resume", moved, "--epochs", 3).code == 0
+    assert [stats["epoch"] for stats in log_lines(moved)] == [1, 2, 3]
