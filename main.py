@@ -146,6 +146,13 @@ def epoch_list(text: str) -> list[int]:
     return epochs
 
 
+def non_empty(text: str) -> str:
+    """An argparse type: a shell variable that was never set is no path."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def precision(text: str) -> str:
     """An argparse type: the authors' script says `float`."""
     return "float32" if text == "float" else text
@@ -210,9 +217,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("run")
     save = "logs/<dataset>/<model>/<method>/seed<k>"
-    flag("--save", type=Path, default=save, help="the run's directory")
+    flag("--save", type=non_empty, default=save, help="the run's directory")
     flag(
         "--resume",
+        type=non_empty,
         metavar="DIR",
         default="none",
         help="continue the run in DIR, or a file; auto: that in --save, if any",
@@ -245,6 +253,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | No
     options = fill_in(given)
     if call["save"] is None and call["resume"] in (None, "auto"):
         call["save"] = default_save(options)
+    call["save"] = call["save"] and Path(call["save"])
 
     checkpoint = None
     if call["resume"]:
@@ -408,7 +417,7 @@ class GrassmannProbe:
             return dict.fromkeys(self.NAMES), {}
         means = (self.sums / self.steps).cpu()
         scalars = {
-            f"{name}/{layer}": value
+            f"per_layer_{name}/{layer}": value
             for (layer, _, _), row in zip(self.layers, means.tolist(), strict=True)
             for name, value in zip(self.NAMES, row, strict=True)
         }
@@ -507,7 +516,7 @@ class Training:
             "options": run_options(self.options),
             "environment": environment(self.device),
             "data_sha256": self.data.sha256,
-            "generators": generator_states(),
+            "generators": generator_states(self.device),
         }
 
     def restore(self, state: dict) -> None:
@@ -523,14 +532,16 @@ class Training:
             self.probe.sums.copy_(state["probe"]["sums"])
             self.epoch, self.batch, self.train_time = state["epoch"], state["batch"], state["train_time"]
             self.probe.steps, self.history = state["probe"]["steps"], state["history"]
-            set_generator_states(state["generators"])
+            set_generator_states(state["generators"], self.device)
+            if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
+                raise ValueError("its history has gaps")
+            now = environment(self.device)
+            then = state["environment"].items()
+            changed = [f"{key} {old} then, {now[key]} now" for key, old in then if old != now[key]]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
             raise UserError(f"the checkpoint is of another model or not whole ({reason}); start a new run") from error
-        now = environment(self.device)
-        if changed := [
-            f"{key} {old} then, {now[key]} now" for key, old in state["environment"].items() if old != now[key]
-        ]:
+        if changed:
             print(f"note: the last bits of the result may differ: {'; '.join(changed)}")
 
 
@@ -577,20 +588,21 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
                 t.bad_step.copy_(torch.where((t.bad_step == 0) & ~loss.isfinite(), t.batch, t.bad_step))
             bar.update()
             if t.batch % read_every == 0:
-                show_progress(t, bar, (t.batch - first) / (time.perf_counter() - started))
+                show_progress(t, bar, first, started)
             if stop:
                 break
     t.check_finite()  # waits for the device: what follows is timed right
     t.train_time += time.perf_counter() - started
 
 
-def show_progress(t: Training, bar: tqdm, steps_per_second: float) -> None:
+def show_progress(t: Training, bar: tqdm, first: int, started: float) -> None:
     """Read the running sums, a few times an epoch: stop if a loss was not finite, show the means otherwise."""
     if t.bad_step.item():
         t.check_finite()
     loss, wrong = (t.sums / t.batch).tolist()
     size = t.options.batch_size
-    bar.set_postfix_str(f"loss {loss:.4f}, error {100 * wrong / size:.2f}%, {steps_per_second * size:.0f} img/s")
+    speed = (t.batch - first) * size / (time.perf_counter() - started)
+    bar.set_postfix_str(f"loss {loss:.4f}, error {100 * wrong / size:.2f}%, {speed:.0f} img/s")
 
 
 @torch.no_grad()
@@ -694,7 +706,8 @@ def train(t: Training, stop: StopRequest) -> int:
 def log_hyperparameters(t: Training, log: RunLog) -> None:
     """The options and what came of them, for TensorBoard's table of runs."""
     metrics = {"hparam/test_error": t.test_error(), "hparam/train_loss": t.history[-1]["train_loss"]}
-    plain = {name: "none" if value is None else value for name, value in run_options(t.options).items()}
+    options = {name: value for name, value in run_options(t.options).items() if name not in MAY_CHANGE - {"epochs"}}
+    plain = {name: "none" if value is None else value for name, value in options.items()}
     hparams = {name: str(value) if isinstance(value, list) else value for name, value in plain.items()}
     log.board.add_hparams(hparams, metrics, run_name=".", global_step=t.epoch)
 
@@ -715,7 +728,7 @@ def claim_directory(save: Path, resume: str | None) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
     source = Path(resume) if resume not in (None, "auto") else save
-    own = resume is not None and (source if source.is_dir() else source.parent).samefile(save)
+    own = resume == "auto" or (resume and (source / CHECKPOINT if source.is_dir() else source) == save / CHECKPOINT)
     if not own and any((save / name).exists() for name in (CONFIG, LOG, CHECKPOINT)):
         raise UsageError(f"{save} already holds a run; continue it with --resume auto, or choose another --save")
 
@@ -778,7 +791,7 @@ def print_start(t: Training) -> None:
         total[1] += p.numel()
     for group, (tensors, elements) in totals.items():
         print(f"{group}: {elements:,} parameters in {tensors} tensors")
-    print(f"in all: {sum(elements for _, elements in totals.values()):,} parameters")
+    print(f"in all: {sum(elements for _, elements in totals.values()):,} parameters", flush=True)
 
 
 def run(argv: list[str] | None) -> int:
@@ -789,6 +802,7 @@ def run(argv: list[str] | None) -> int:
     # The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a search.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
+    # TF32 for float32 convolutions only: the regularizer needs exact matrix products, and besides it only fc has one.
     torch.backends.cudnn.allow_tf32 = True
     # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -804,7 +818,7 @@ def run(argv: list[str] | None) -> int:
     if t.epoch > options.epochs:
         raise UsageError(f"--epochs {options.epochs}: the checkpoint has {t.epoch} finished epochs already")
     if t.epoch == options.epochs:
-        print(f"nothing to do: {options.save} has its {t.epoch} epochs (test error {t.test_error():.2f}%)")
+        print(f"nothing to do: the run has its {t.epoch} epochs (test error {t.test_error():.2f}%)")
         return 0
     write_config(t)
     print_start(t)
@@ -819,8 +833,16 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        print(f"main.py: error: {error}; when that is mended, continue with --resume", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print("main.py: error: out of memory; choose a smaller --batchSize, --width or --depth", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("main.py: interrupted before training began; nothing was lost", file=sys.stderr)
+        print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

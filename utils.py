@@ -84,19 +84,22 @@ def load_checkpoint(path: Path) -> dict:
 # -------------------------------------------------------------------------------------------------- generators
 
 
-def generator_states() -> dict:
-    """State of every generator that a run draws from: torch's on the CPU and on each CUDA device.
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of every generator that a run draws from: torch's on the CPU and on its device.
 
     (The data order needs none: it is a pure function of seed and epoch.)
     """
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def set_generator_states(states: dict) -> None:
-    """Put the generators back to `generator_states()`, as far as this machine has the devices."""
+def set_generator_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put the generators back to `generator_states()`, as far as the run is on a device of the same kind."""
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 # -------------------------------------------------------------------------------------------------------- logs
@@ -115,14 +118,12 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only a training run needs it
 
         self.path = directory / LOG
-        self.history = list(history)
         lines = "".join(map(_log_line, history))
         write_whole(self.path, lambda file: file.write(lines.encode()))
         self.board = SummaryWriter(str(directory), purge_step=len(history) + 1 if history else 0)
 
     def add(self, stats: dict, scalars: dict[str, float]) -> None:
         """Append an epoch's statistics to log.txt and its scalars to TensorBoard, both safe on disk on return."""
-        self.history.append(stats)
         with open(self.path, "a") as file:
             file.write(_log_line(stats))
             file.flush()

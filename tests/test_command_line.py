@@ -1,7 +1,6 @@
 """The command line: the paper's six commands, every flag, what a run prints, and one sentence for every mistake."""
 
 import errno
-import inspect
 import os
 import pty
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, STEPS, assert_one_sentence, call, contents, load
+from conftest import METHODS, STEPS, assert_one_sentence, call, contents, load, log_lines
 
 import main
 from resnet import WideResNet
@@ -222,6 +221,8 @@ def main_on_this_stderr(argv) -> int:
 BAD_VALUES = [
     # flag, values that are not accepted
     ("--model", ["vgg99", ""]),
+    ("--save", [""]),
+    ("--resume", [""]),
     ("--dataset", ["cifar", "CIFAR1000"]),
     ("--optim_method", ["Adam", "sgd"]),
     ("--device", ["tpu", "cuda:x"]),
@@ -388,7 +389,10 @@ class TestBadCheckpoint:
         for flags in ([], ["--lr", "0.1"], ["--eval"]):
             assert_one_sentence(call("--resume", tmp_path, *flags), 1, "main.py")
 
-    @pytest.mark.parametrize("part", ["model", "optimizer", "schedule", "generators", "sums", "probe", "data_sha256"])
+    @pytest.mark.parametrize(
+        "part",
+        ["model", "optimizer", "schedule", "generators", "sums", "probe", "data_sha256", "environment", "history"],
+    )
     def test_a_part_of_a_checkpoint_that_is_missing_or_no_good(self, finished, tmp_path, part):
         state = load(finished["SGDG"][0])
         save = tmp_path / "run"
@@ -452,12 +456,29 @@ class TestBadCheckpoint:
         assert contents(save) == before
 
 
-def test_every_option_of_the_issue_has_a_flag():
-    source = inspect.getsource(main.make_parser)
-    flags = set(re.findall(r'"--(\w+)"', source))
-    wanted = (
-        "model depth width dropout dataset dataroot dataset_name randomcrop_pad nthread batchSize lr lrg momentum "
-        "weightDecay bnDecay omega grad_clip epochs epoch_step lr_decay_ratio optim_method save resume seed device "
-        "dtype compile eval max_minutes"
-    )
-    assert set(wanted.split()) <= flags
+def test_another_checkpoint_file_does_not_overwrite_the_run_beside_it(finished, tmp_path):
+    """A kept copy of an early checkpoint goes on in a directory of its own."""
+    run = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    (run / "checkpoint.pt").rename(run / "early.pt")
+    before = contents(run)
+    assert_one_sentence(call("--resume", run / "early.pt", "--epochs", 3), 2, "already holds a run")
+    assert contents(run) == before
+    assert call("--resume", run / "early.pt", "--epochs", 3, "--save", tmp_path / "branch").code == 0
+    assert [stats["epoch"] for stats in log_lines(tmp_path / "branch")] == [1, 2, 3]
+    assert contents(run) == before
+
+
+def test_a_full_disk_while_logging_is_one_sentence(tiny, tmp_path, monkeypatch):
+    def write_to_full_disk(log, stats, scalars):
+        Path("/dev/full").write_text("line\n")
+
+    monkeypatch.setattr(main.RunLog, "add", write_to_full_disk)
+    assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "No space left", "--resume")
+
+
+def test_too_little_memory_is_one_sentence(tiny, tmp_path, monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(main, "cross_entropy", exhausted)
+    assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "out of memory", "--batchSize")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -183,7 +184,11 @@ def test_a_weights_length_has_no_effect(Optimizer):
 @pytest.mark.parametrize("grassmann", [True, False])
 @pytest.mark.parametrize("decay", [0, 5e-4])
 @pytest.mark.parametrize("maximize", [True, False])
-def test_gradients_are_read_only(Optimizer, grassmann, decay, maximize):
+@pytest.mark.parametrize("foreach", [False, True])
+def test_gradients_are_read_only(Optimizer, grassmann, decay, maximize, foreach, monkeypatch):
+    # On a GPU torch's own choice is foreach, which adds Nesterov's term to the gradients themselves.
+    torch_sgd = sys.modules[torch.optim.SGD.__module__]
+    monkeypatch.setattr(torch_sgd, "_default_to_fused_or_foreach", lambda *args, **kwargs: (False, foreach))
     params = [nn.Parameter(torch.randn(4, 9)) for _ in range(2)]
     options = {"momentum": 0.9, "weight_decay": decay, "nesterov": not grassmann, "maximize": maximize}
     optimizer = Optimizer(params, lr=0.1, grassmann=grassmann, grad_clip=0.1, **options)

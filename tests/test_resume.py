@@ -283,7 +283,7 @@ class Killer:
             stale = self.half_written()
             with start(self.argv) as process:
                 if len(self.hits) < target:
-                    self.wait(process)
+                    self.wait(process, stale)
                     if process.poll() is None:
                         process.kill()
                 out, err = process.communicate(timeout=300)
@@ -292,26 +292,32 @@ class Killer:
             assert process.returncode == -signal.SIGKILL, (out, err)
             self.hits.append(self.moment(stale))
 
-    def wait(self, process: subprocess.Popen) -> None:
-        """Until a random moment of the start, the training or the writing of a checkpoint."""
-        kind = self.random.choice(["start", "training", "training", "checkpoint", "checkpoint"])
+    def wait(self, process: subprocess.Popen, stale: int | None) -> None:
+        """Until a random moment of the start, the first steps, the training, or the writing of a checkpoint."""
+        kind = self.random.choice(["start", "first steps", "training", "training", "checkpoint", "checkpoint"])
         if kind == "start":
             time.sleep(self.random.uniform(0, 3))
             return
+        # The last line before the first step, or a random epoch's.
+        awaited = 0 if kind == "first steps" else self.random.randint(0, 2)
         for line in process.stdout:
-            if line.startswith("in all"):  # the last line before the first step
+            awaited -= line.startswith("epoch")
+            if awaited <= 0 and line.startswith(("in all", "epoch")):
                 break
-        time.sleep(self.random.uniform(0, 0.7))
         if kind == "checkpoint":
-            temporary, deadline = self.save / "checkpoint.pt.tmp", time.monotonic() + 5
-            while not temporary.exists() and process.poll() is None and time.monotonic() < deadline:
+            deadline = time.monotonic() + 10
+            while self.half_written() in (None, stale) and process.poll() is None and time.monotonic() < deadline:
                 pass
             time.sleep(self.random.uniform(0, 0.004))
+        else:
+            time.sleep(self.random.uniform(0, 1.5 if kind == "first steps" else 0.3))
 
     def half_written(self) -> int | None:
         """When the temporary file beside the checkpoint was last written to, in ns; None: there is none."""
-        temporary = self.save / "checkpoint.pt.tmp"
-        return temporary.stat().st_mtime_ns if temporary.exists() else None
+        try:
+            return (self.save / "checkpoint.pt.tmp").stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def moment(self, stale: int | None) -> str:
         """What the kill left behind; a temporary file of time `stale` is an earlier kill's."""

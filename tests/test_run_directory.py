@@ -13,7 +13,9 @@ import torch
 from conftest import METHODS, STEPS, assert_one_sentence, assert_same_run, bits, call, contents, load, log_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import grassmann_optimizer
 import main
 import utils
 from data import load_data
@@ -119,8 +121,8 @@ class TestTensorBoard:
     def test_has_the_probe_of_each_grassmann_layer(self, finished, method):
         events = board(finished[method][0])
         layers = ["conv0"] + [f"group{i}.block0.conv{j}" for i in range(3) for j in (0, 1)]
-        wanted = {f"{name}/{layer}" for name in main.GrassmannProbe.NAMES for layer in layers}
-        found = {tag for tag in events.Tags()["scalars"] if tag.split("/")[0] in main.GrassmannProbe.NAMES}
+        wanted = {f"per_layer_{name}/{layer}" for name in main.GrassmannProbe.NAMES for layer in layers}
+        found = {tag for tag in events.Tags()["scalars"] if tag.startswith("per_layer")}
         assert found == (set() if method == "SGD" else wanted)
         for tag in found:
             assert [e.step for e in events.Scalars(tag)] == [1, 2]
@@ -311,6 +313,12 @@ class TestNotFinite:
         assert_one_sentence(outcome, 1, rf"epoch 2, step {step}\b", *rates)
         assert load(tmp_path / "run")["epoch"] == 1
 
+    def test_the_first_bad_step_is_named_although_the_losses_are_read_now_and_then(self, tiny, tmp_path, monkeypatch):
+        # 24 steps, read after every third: those after step 4 are bad as well, the gradients having been.
+        self.poison(monkeypatch, "mean", 4)
+        outcome = call(*tiny("SGD", tmp_path / "run", "--batchSize", 2))
+        assert_one_sentence(outcome, 1, r"epoch 1, step 4\b")
+
     def test_a_stop_does_not_hide_it(self, tiny, tmp_path, monkeypatch):
         self.poison(monkeypatch, "mean", 1)
         outcome = call(*tiny("SGD", tmp_path / "run", "--max_minutes", "1e-9"))
@@ -349,7 +357,7 @@ class TestProbe:
         assert means["angle_degrees"] == pytest.approx(math.degrees(0.2 * 0.1), rel=1e-4)
         assert means["clipped_share"] == 1
         assert means["row_cosine"] == pytest.approx(0, abs=1e-6)
-        assert layers == {f"{name}/0": pytest.approx(value) for name, value in means.items()}
+        assert layers == {f"per_layer_{name}/0": pytest.approx(value) for name, value in means.items()}
 
     def test_a_step_below_the_threshold_moves_by_the_rate_times_the_gradient(self):
         y, tangent = self.orthonormal()
@@ -405,3 +413,47 @@ def test_a_run_can_be_moved(finished, tmp_path):
     assert call("--eval", "--resume", moved).code == 0
     assert call("--resume", moved, "--epochs", 3).code == 0
     assert [stats["epoch"] for stats in log_lines(moved)] == [1, 2, 3]
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the times that the host reads a value from the device: each would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_do_not_wait_for_the_device(tiny, tmp_path, method, monkeypatch):
+    """The loop reads a few times an epoch, however many steps it has."""
+    reads = []
+    train_epoch = main.train_epoch
+
+    def counted(*args):
+        with CountReads() as mode:
+            train_epoch(*args)
+        reads.append(mode.reads)
+
+    monkeypatch.setattr(main, "train_epoch", counted)
+    # On the CPU the optimizers may look at norms on the host; this is how a GPU computes them.
+    monkeypatch.setattr(grassmann_optimizer, "_norms", lambda x: unit(x)[1], raising=False)
+    for size in (16, 1):  # 3 and 48 steps
+        arguments = tiny(method, tmp_path / f"{method}{size}", "--epochs", 1, "--batchSize", size)
+        assert call(*arguments).code == 0
+    few, many = reads
+    assert many <= few + 12
+
+
+def test_a_compiled_model_leaves_the_same_checkpoint_names(tiny, finished, tmp_path, monkeypatch):
+    """`--compile`, by a backend that needs no C++ compiler."""
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
+    save = tmp_path / "run"
+    assert call(*tiny("SGD", save, "--compile")).code == 0
+    torch._dynamo.reset()
+    assert load(save)["model"].keys() == load(finished["SGD"][0])["model"].keys()
+    assert call("--resume", save, "--eval").code == 0
