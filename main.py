@@ -607,7 +607,7 @@ def show_progress(t: Training, bar: tqdm, first: int, started: float) -> None:
 
 @torch.no_grad()
 def evaluate(t: Training, stop: StopRequest | None = None) -> tuple[float, float] | None:
-    """Test loss and error in %, over all test pictures; None if `stop` came first."""
+    """Test loss and error in %, over all test pictures; None if a signal came first."""
     t.model.eval()
     n = len(t.data.test_labels)
     sums = torch.zeros(2, dtype=torch.float64, device=t.device)
@@ -618,7 +618,7 @@ def evaluate(t: Training, stop: StopRequest | None = None) -> tuple[float, float
             logits = t.forward(x)
             loss = cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
-        if stop:
+        if stop is not None and stop.by_signal:
             return None
     loss, wrong = sums.tolist()
     return loss / n, 100 * wrong / n
@@ -682,7 +682,8 @@ def train(t: Training, stop: StopRequest) -> int:
         if t.batch < steps:
             train_epoch(t, batches, stop)
         started = time.perf_counter()
-        result = evaluate(t, stop) if t.batch == steps and not stop else None
+        # A deadline may come during the evaluation: with less time than one takes, a run would never get on.
+        result = evaluate(t, stop) if t.batch == steps and not stop.by_signal else None
         if result is not None:
             if not math.isfinite(result[0]):
                 raise UserError(
@@ -728,9 +729,14 @@ def claim_directory(save: Path, resume: str | None) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
     source = Path(resume) if resume not in (None, "auto") else save
-    own = resume == "auto" or (resume and (source / CHECKPOINT if source.is_dir() else source) == save / CHECKPOINT)
+    source = source / CHECKPOINT if source.is_dir() else source
+    own = resume == "auto" or (resume and (save / CHECKPOINT).exists() and source.samefile(save / CHECKPOINT))
     if not own and any((save / name).exists() for name in (CONFIG, LOG, CHECKPOINT)):
         raise UsageError(f"{save} already holds a run; continue it with --resume auto, or choose another --save")
+    # Without a checkpoint a run can have logged one epoch at most, if it was killed before it wrote the first.
+    log = save / LOG
+    if not (save / CHECKPOINT).exists() and log.exists() and log.read_text(errors="replace").count("\n") > 1:
+        raise UsageError(f"{save} holds the log of a run but no checkpoint to resume from; choose another --save")
 
 
 def write_config(t: Training) -> None:

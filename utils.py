@@ -162,14 +162,19 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)  # asked twice, the process ends at once
 
     def __bool__(self) -> bool:
-        return self.signal is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
+        return self.by_signal or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @property
+    def by_signal(self) -> bool:
+        """Whether a signal asked for it."""
+        return self.signal is not None
 
     @property
     def reason(self) -> str:
         """For the message: what asked for the stop."""
-        return "--max_minutes" if self.signal is None else signal.Signals(self.signal).name
+        return signal.Signals(self.signal).name if self.by_signal else "--max_minutes"
 
     @property
     def exit_code(self) -> int:
         """0 for the deadline, 128 + number for a signal."""
-        return 0 if self.signal is None else 128 + self.signal
+        return 128 + self.signal if self.by_signal else 0

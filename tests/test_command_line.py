@@ -482,3 +482,21 @@ def test_too_little_memory_is_one_sentence(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(main, "cross_entropy", exhausted)
     assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "out of memory", "--batchSize")
+
+
+def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
+    """As in a directory of published logs."""
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    (save / "checkpoint.pt").unlink()
+    before = contents(save)
+    options = ["--dataset", "digits", "--depth", 10, "--width", 1, "--save", save]
+    assert_one_sentence(call(*options, "--resume", "auto"), 2, "no checkpoint")
+    assert contents(save) == before
+
+
+def test_a_directory_is_itself_by_any_name(finished, tmp_path, monkeypatch):
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(save)
+    for name in ("run", "./run/checkpoint.pt", "link"):
+        assert call("--resume", name, "--save", save).code == 0
