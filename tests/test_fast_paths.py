@@ -1,0 +1,224 @@
+"""Every faster path is the update rule: blocks on the CPU, the Triton kernel by its interpreter, compiled steps."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import grassmann_optimizer as go
+from grassmann_optimizer import SGDG, AdamG, unit
+from resnet import WideResNet
+
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # the kernel's; on the CPU by Triton's interpreter (conftest.py)
+BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+DECAY, BETA2, EPSILON = 0.9, 0.99, 1e-8
+
+
+def random_layer(rows, n, adam, dtype, *, scale=1.0, seed=0):
+    """y, g, m, v with |h| >= |g|/10, so that the projection does not cancel."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    y = unit(randn(rows, n))[0]
+    tangent = go.project(y, randn(rows, n))
+    along = torch.rand(rows, 1, generator=generator, dtype=dtype) * 18 - 9
+    g = scale * (unit(tangent)[0] + along * y)
+    m = go.project(y, randn(rows, n)) * 0.01
+    v = torch.rand(rows, 1, generator=generator, dtype=dtype) if adam else None
+    return y, g, m, v
+
+
+def by_rule(y, g, m, v, lr, step, clip, omega=0.0):
+    """The update rule in float64."""
+    y, g, m, v = (None if t is None else t.double() for t in (y, g, m, v))
+    options = {"lr": lr, "omega": omega, "grad_clip": clip}
+    if v is None:
+        return (*go.sgdg_update(y, g, m, momentum=DECAY, **options), None)
+    step = torch.tensor(float(step), dtype=torch.float64)
+    return go.adamg_update(y, g, m, v, step, beta1=DECAY, beta2=BETA2, epsilon=EPSILON, **options)
+
+
+def rate_of(lr, step, adam):
+    if not adam:
+        return lr
+    return lr * go._bias_correction(torch.tensor(float(step), dtype=torch.float64), DECAY, BETA2).item()
+
+
+def assert_same(got, expected, dtype):
+    """float64: each row to 1e-12 of its norm. float32: y to 1e-6, and to 4e-6 the momentum, whose part along h carries
+    the projection's cancellation (|g| is up to 9 |h| here) undamped, and v, a square of it. Where momentum and gradient
+    nearly cancel, what counts is their size of 0.01.
+    """
+    for a, b, single in zip(got, expected, (1e-6, 4e-6, 4e-6), strict=True):
+        if a is not None:
+            error = ((a.double() - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=0.01)).max()
+            assert error <= (1e-12 if dtype == torch.float64 else single), error
+
+
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 9), n=st.integers(2, 70), exponent=st.integers(-8, 8), seed=st.integers(0, 2**31))
+def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, n, exponent, seed):
+    scale = 10.0**exponent if clip else 10.0 ** min(exponent, 0)
+    y, g, m, v = random_layer(rows, n, adam, dtype, scale=scale, seed=seed)
+    expected = by_rule(y, g, m, v, 0.2, 3, clip)
+    options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
+    before = g.clone()
+    go._advance(y, g, m, v, rate_of(0.2, 3, adam), **options)
+    assert torch.equal(g, before)
+    assert_same((y, m, v), expected, dtype)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("block", [512, 64])
+def test_the_triton_kernel_is_the_rule(adam, clip, block):
+    """Three layers in one launch, some rows longer than a block."""
+    shapes = [(3, 27), (5, 144), (2, 300)]
+    layers = [random_layer(*shape, adam, torch.float32, seed=i) for i, shape in enumerate(shapes)]
+    layers = [tuple(t if t is None else t.to(DEVICE) for t in layer) for layer in layers]
+    lrs = [0.1, 0.2, 0.3]
+    expected = [by_rule(*layer, lr, 3, clip) for layer, lr in zip(layers, lrs, strict=True)]
+    rates = torch.tensor([rate_of(lr, 3, adam) for lr in lrs], device=DEVICE)
+    options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
+    table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
+    go._advance_all(layers, rates, *table, block=block, **options)
+    for (y, _, m, v), right in zip(layers, expected, strict=True):
+        assert_same((y, m, v), right, torch.float32)
+
+
+@pytest.mark.parametrize("block", [64, 16])
+def test_edges_in_the_triton_kernel(block):
+    """Zero gradient, zero row, a gradient along y, |h| of 1e-30 and 1e30, a row of length 2."""
+    y = torch.eye(6, 40, device=DEVICE)
+    y[1] = 0
+    y[5] *= 2
+    g = torch.zeros_like(y)
+    g[1, 7], g[2, 2], g[3, 7], g[4, 7], g[5, 7] = 0.05, 1.0, 1e-30, 1e30, 0.05
+    m = torch.zeros_like(y)
+    layers = [(y, g, m, None)]
+    table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
+    rates = torch.tensor([0.5], device=DEVICE)
+    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1, block=block)
+    check_edges(y.cpu(), m.cpu())
+
+
+def check_edges(y, m):
+    expected = torch.eye(6, 40)
+    expected[1, 1], expected[1, 7] = 0, -math.sin(0.5 * 0.05)
+    for row, angle in ((4, 0.5 * 0.1), (5, 0.5 * 0.05)):
+        expected[row, row], expected[row, 7] = math.cos(angle), -math.sin(angle)
+    torch.testing.assert_close(y, expected, atol=1e-7, rtol=0)
+    assert m.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges_in_blocks(dtype, monkeypatch):
+    monkeypatch.setattr(go, "_BLOCK", 80)  # two rows
+    y = torch.eye(6, 40, dtype=dtype)
+    y[1] = 0
+    y[5] *= 2
+    g = torch.zeros_like(y)
+    g[1, 7], g[2, 2], g[3, 7], g[4, 7], g[5, 7] = 0.05, 1.0, 1e-30, 1e30, 0.05
+    p = nn.Parameter(y)
+    p.grad = g
+    optimizer = SGDG([p], lr=0.5, momentum=0.9, grassmann=True, grad_clip=0.1)
+    optimizer.step()
+    check_edges(p.detach().float(), optimizer.state[p]["momentum_buffer"])
+
+
+@BOTH
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_huge_and_tiny_gradients_stay_finite_and_on_the_sphere(Optimizer, clip):
+    for size in (1e-30, 1e-20, 1e20, 1e30):
+        y = unit(torch.randn(5, 30))[0]
+        p = nn.Parameter(y.clone())
+        optimizer = Optimizer([p], lr=0.1, momentum=0.9, grassmann=True, grad_clip=clip)
+        for _ in range(3):
+            p.grad = size * torch.randn(5, 30)
+            optimizer.step()
+        torch.testing.assert_close(p.detach().norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
+        if size == 1e-30:
+            torch.testing.assert_close(p.detach(), y, atol=1e-6, rtol=0)
+
+
+@BOTH
+def test_many_steps_keep_the_rows_unit(Optimizer):
+    p = nn.Parameter(unit(torch.randn(4, 10))[0])
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=0.1)
+    gradients = torch.randn(100, 4, 10)
+    for i in range(3_000):
+        p.grad = gradients[i % 100]
+        optimizer.step()
+        if i % 100 == 0:
+            assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.long
+@BOTH
+def test_a_hundred_thousand_steps_keep_the_rows_unit(Optimizer):
+    p = nn.Parameter(unit(torch.randn(4, 10))[0])
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=0.1)
+    gradients = torch.randn(100, 4, 10)
+    for i in range(100_000):
+        p.grad = gradients[i % 100]
+        optimizer.step()
+    assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+def test_a_step_needs_little_memory_besides_the_state(Optimizer, omega):
+    """Under 32 MB for the largest layer of WRN-28-10; with the regularizer its gradient is whole."""
+    p = nn.Parameter(unit(torch.randn(640, 5760))[0].view(640, 640, 3, 3))
+    p.grad = torch.randn_like(p) * 1e-3
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=omega)
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert 0 < peak < (32e6 if omega else 2e6)
+
+
+@BOTH
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+def test_compiled_training_steps_are_the_eager_ones(Optimizer, omega):
+    """`aot_eager` runs torch.compile's graph capture and functionalization without a C++ compiler."""
+    x, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+
+    def train(compiled):
+        torch.manual_seed(0)
+        model = WideResNet(10, 1, 10)
+        optimizer = Optimizer(go.grassmann_param_groups(model, 0.01, 0.2, omega=omega))
+
+        def step():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        if compiled:
+            step = torch.compile(step, backend="aot_eager")
+        for _ in range(10):
+            step()
+        momentum = [s["momentum_buffer"] for s in optimizer.state.values()]
+        return [*model.parameters(), *momentum]
+
+    for eager, compiled in zip(train(False), train(True), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()

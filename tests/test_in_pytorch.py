@@ -1,0 +1,868 @@
+"""What users of torch.optim.SGD rely on holds for SGDG and AdamG: each test is one thing that people do with it."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler as schedulers
+from torch.optim import swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing import assert_close
+
+from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, unit
+
+BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+GRASSMANN = {"grassmann": True, "lr": 0.2, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_params(dtype=torch.float32):
+    """Two weights for G(1, n), then a weight and a bias; the same at each call."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(4, 3, 3, 3), (3, 8), (2, 4), (4,)]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def make_groups(params):
+    nesterov = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
+    return [{"params": params[:2], **GRASSMANN}, {"params": params[2:3], **nesterov}, {"params": params[3:]}]
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def train(optimizer, seeds):
+    """One step for each seed, with gradients from it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for seed in seeds:
+        give_gradients(params, seed)
+        optimizer.step()
+
+
+def everything(optimizer):
+    """Weights and state as a flat list of tensors."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [optimizer.state.get(p, {}) for p in params]
+    tensors = [s[key] for s in state for key in sorted(s) if s[key] is not None]
+    return [t.detach() for t in (*params, *tensors)]
+
+
+def assert_same(a, b):
+    a, b = everything(a), everything(b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def through_a_file(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------------- groups
+
+
+@BOTH
+@pytest.mark.parametrize("form", ["list", "generator", "named", "groups", "one tensor", "added later"])
+def test_parameters_come_in_every_form_that_torch_takes(Optimizer, form):
+    params = make_params()[:1]
+    expected = Optimizer(make_params()[:1], **GRASSMANN)
+    if form == "added later":
+        optimizer = Optimizer([nn.Parameter(torch.ones(3))], lr=0.1)
+        optimizer.add_param_group({"params": (p for p in params), **GRASSMANN})
+        assert optimizer.param_groups.pop(0)["grassmann"] is False
+    else:
+        given = {
+            "list": params,
+            "generator": (p for p in params),
+            "named": iter([("conv", params[0])]),
+            "groups": [{"params": iter(params)}],
+            "one tensor": [{"params": params[0]}],
+        }
+        optimizer = Optimizer(given[form], **GRASSMANN)
+    if form == "named":
+        assert optimizer.param_groups[0]["param_names"] == ["conv"]
+    train(optimizer, range(3))
+    train(expected, range(3))
+    assert_same(optimizer, expected)
+
+
+@BOTH
+def test_a_group_added_later_leaves_the_others_state_alone(Optimizer):
+    one, two = (Optimizer(make_groups(make_params())) for _ in range(2))
+    train(one, [1, 2])
+    train(two, [1, 2])
+    late = nn.Parameter(torch.randn(3, 5))
+    one.add_param_group({"params": late, **GRASSMANN})
+    groups = [one.param_groups.pop(), one.param_groups]
+    train(one, [3])
+    train(two, [3])
+    assert_same(one, two)
+    one.param_groups.append(groups[0])
+    late.grad = torch.randn(3, 5)
+    before = late.detach().clone()
+    one.step()
+    assert not torch.equal(late, before)
+    assert set(one.state[late]) == set(one.state[one.param_groups[0]["params"][0]])
+
+
+@BOTH
+def test_a_group_added_later_is_checked_as_the_constructors_are(Optimizer):
+    p, q = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    optimizer = Optimizer([p], lr=0.1)
+    bad = [
+        ({"grassman": True}, "grassman.*grassmann"),
+        ({"weightdecay": 0.1}, "weightdecay.*weight_decay"),
+        ({"momentun": 0.9}, "momentun.*momentum"),
+        ({"grad_clp": 0.1}, "grad_clp.*grad_clip"),
+        ({"maximise": True}, "maximise.*maximize"),
+        ({"lr": -0.5}, "lr.*-0.5"),
+        ({"grad_clip": -1}, "grad_clip.*-1"),
+    ]
+    for options, named in bad:
+        with pytest.raises(ValueError, match=named):
+            optimizer.add_param_group({"params": [q], **options})
+    with pytest.raises(ValueError, match=r"two or more dimensions.*\(3,\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "grassmann": True})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"two or more dimensions.*\(3,\)"):
+        Optimizer([("bias", nn.Parameter(torch.ones(3)))], grassmann=True)
+
+
+@BOTH
+def test_torchs_own_group_errors_are_torchs(Optimizer):
+    p = nn.Parameter(torch.ones(2, 3))
+    cases = [
+        [],
+        p,
+        [{"params": {p}}],
+        [{"params": ["weight"]}],
+        [p * 2],
+        [{"params": [p]}, {"params": [p]}],
+        [("weight", p), p],
+    ]
+    for params in cases:
+        with pytest.raises((TypeError, ValueError)) as expected:
+            torch.optim.SGD(params, lr=0.1)
+        for grassmann in (False, True):
+            with pytest.raises(expected.type) as got:
+                Optimizer(params, lr=0.1, grassmann=grassmann)
+            assert str(got.value) == str(expected.value)
+    with pytest.raises(ValueError, match="lr"):
+        Optimizer([p], lr=torch.ones(2))
+
+
+@BOTH
+def test_the_defaults_are_checked_even_where_every_group_has_its_own(Optimizer):
+    group = {"params": [nn.Parameter(torch.ones(2, 3))], "lr": 0.1, "momentum": 0.9}
+    for bad in ({"lr": -1.0}, {"momentum": -0.5}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Optimizer([group], **bad)
+
+
+@BOTH
+def test_keys_of_schedulers_and_trainers_pass(Optimizer):
+    """One optimizer's groups make another: with what OneCycleLR, CyclicLR, SWALR and trainers write into them."""
+    first = Optimizer([("weight", nn.Parameter(torch.ones(2, 3)))], **GRASSMANN)
+    schedulers.OneCycleLR(first, max_lr=0.1, total_steps=5)
+    schedulers.CyclicLR(first, 0.01, 0.1)
+    swa_utils.SWALR(first, swa_lr=0.1)
+    (group,) = first.param_groups
+    group |= {"name": "conv", "lr_scale": 0.5, "lr_mult": 2.0, "use_muon": False}
+    second = Optimizer([dict(group)])
+    assert second.param_groups == first.param_groups
+
+
+# -------------------------------------------------------------------------------------------------- state
+
+
+@BOTH
+def test_a_checkpoint_continues_bit_for_bit(Optimizer):
+    first = Optimizer(make_groups(make_params()))
+    train(first, range(3))
+    saved = through_a_file(
+        {"params": [p.detach() for g in first.param_groups for p in g["params"]], **first.state_dict()}
+    )
+    params = [nn.Parameter(p) for p in saved.pop("params")]
+    second = Optimizer([{"params": params[:2]}, {"params": params[2:3]}, {"params": params[3:]}], lr=7)
+    second.load_state_dict(saved)
+    assert_same(second, first)
+    for optimizer in (first, second):
+        train(optimizer, range(3, 6))
+    assert_same(second, first)
+    assert second.param_groups[0]["lr"] == 0.2
+
+
+@BOTH
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_state_stays_float32_when_a_checkpoint_changes_the_parameters_type(Optimizer, narrow):
+    for source, target in ((torch.float32, narrow), (narrow, torch.float32), (narrow, narrow)):
+        first, second = (Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (source, target))
+        train(first, range(3))
+        second.load_state_dict(through_a_file(first.state_dict()))
+        for p, q in zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
+            assert set(second.state[q]) == set(first.state[p])
+            for key, value in second.state[q].items():
+                assert value.dtype == torch.float32
+                assert torch.equal(value, first.state[p][key])
+        train(second, [3])
+
+
+@BOTH
+def test_a_double_precision_checkpoint_is_rounded_to_float32_state(Optimizer):
+    first, second = (Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (torch.float64, torch.bfloat16))
+    train(first, range(3))
+    assert all(s["momentum_buffer"].dtype == torch.float64 for s in first.state.values())
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(first.state.values(), second.state.values(), strict=True):
+        assert torch.equal(b["momentum_buffer"], a["momentum_buffer"].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_step_counter_is_its_own(dtype):
+    first, second = (AdamG(make_params(dtype)[:2], **GRASSMANN) for _ in range(2))
+    train(first, range(3))
+    state_dict = first.state_dict()
+    second.load_state_dict(state_dict)
+    train(second, range(2))
+    assert [s["step"].item() for s in state_dict["state"].values()] == [3, 3]
+    assert [s["step"].item() for s in first.state.values()] == [3, 3]
+    assert [s["step"].item() for s in second.state.values()] == [5, 5]
+
+
+@BOTH
+def test_a_checkpoint_of_a_channels_last_weight_continues_on_a_contiguous_one(Optimizer):
+    weight = make_params(torch.float64)[0].detach()
+    last = Optimizer([nn.Parameter(weight.to(memory_format=torch.channels_last))], **GRASSMANN)
+    train(last, range(3))
+    plain = Optimizer([nn.Parameter(last.param_groups[0]["params"][0].detach().contiguous())], **GRASSMANN)
+    plain.load_state_dict(through_a_file(last.state_dict()))
+    for optimizer in (last, plain):
+        train(optimizer, range(3, 6))
+    assert_close(everything(plain), everything(last), rtol=1e-12, atol=1e-14)
+
+
+@BOTH
+def test_a_load_state_dict_hook_may_rewrite_what_is_loaded(Optimizer):
+    """As torch's documentation does to reorder a checkpoint by names: here the two weights come in the other order."""
+    first = Optimizer(make_params(torch.bfloat16)[:2], **GRASSMANN)
+    give_gradients(first.param_groups[0]["params"][:1], 0)
+    first.step()
+    train(first, range(2))
+    second = Optimizer(make_params(torch.bfloat16)[1::-1], **GRASSMANN)
+
+    def reorder(optimizer, state_dict):
+        state = {1 - i: s for i, s in state_dict["state"].items()}
+        return {"state": state, "param_groups": state_dict["param_groups"]}
+
+    second.register_load_state_dict_pre_hook(reorder)
+    second.load_state_dict(first.state_dict())
+    for p, q in zip(first.param_groups[0]["params"], second.param_groups[0]["params"][::-1], strict=True):
+        for key, value in first.state[p].items():
+            assert torch.equal(second.state[q][key], value)
+
+
+@BOTH
+def test_loading_accepts_keys_that_a_scheduler_or_trainer_added(Optimizer):
+    first, second = (Optimizer(make_groups(make_params())) for _ in range(2))
+    state_dict = first.state_dict()
+    for group in state_dict["param_groups"]:
+        group |= {"initial_lr": 0.3, "max_momentum": 0.95, "name": "any", "lr_scale": 2}
+    second.load_state_dict(state_dict)
+    assert [g["initial_lr"] for g in second.param_groups] == [0.3] * 3
+    train(second, [0])
+
+
+@BOTH
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_copy_with_its_parameters_continues_bit_for_bit(Optimizer, copier, steps):
+    params = make_params()
+    optimizer = Optimizer(make_groups(params))
+    train(optimizer, range(steps))
+    copied_params, copied = copier((params, optimizer))
+    assert copied.param_groups[0]["params"][0] is copied_params[0]
+    for o in (optimizer, copied):
+        train(o, range(5, 8))
+    assert_same(optimizer, copied)
+    assert copied_params[0] is not params[0]
+
+
+# --------------------------------------------------------------------------------------------------- steps
+
+
+@BOTH
+def test_a_closure_is_called_once_with_gradients_and_its_loss_returned(Optimizer):
+    params = make_params()
+    optimizer = Optimizer(make_groups(params))
+    twin = Optimizer(make_groups(make_params()))
+    calls = []
+
+    def closure(params=params, optimizer=optimizer):
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() + p.sum() for p in params)
+        loss.backward()
+        calls.append(loss)
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) is calls[0]
+    assert len(calls) == 1
+    assert calls[0].requires_grad
+    closure([p for g in twin.param_groups for p in g["params"]], twin)
+    assert twin.step() is None
+    assert_same(optimizer, twin)
+
+
+@BOTH
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(Optimizer, set_to_none):
+    params = make_params()
+    optimizer = Optimizer(make_groups(params))
+    train(optimizer, [0])
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p in params:
+        assert p.grad is None if set_to_none else not p.grad.any()
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    # A zero gradient is one more step of momentum; without momentum (the bias) nothing moves. None is no step.
+    assert moved == ([False] * 4 if set_to_none else [True, True, True, False])
+
+
+@BOTH
+def test_hooks_see_the_optimizer_before_and_after_a_step(Optimizer):
+    params = make_params()
+    optimizer = Optimizer(make_groups(params))
+    start = params[0].detach().clone()
+    seen = []
+
+    def hook(name, o, args, kwargs):
+        assert o is optimizer
+        seen.append((name, torch.equal(params[0], start)))
+
+    handles = [
+        register(functools.partial(hook, name))
+        for name, register in {
+            "global pre": register_optimizer_step_pre_hook,
+            "pre": optimizer.register_step_pre_hook,
+            "post": optimizer.register_step_post_hook,
+            "global post": register_optimizer_step_post_hook,
+        }.items()
+    ]
+    try:
+        train(optimizer, [0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert sorted(seen) == [("global post", False), ("global pre", True), ("post", False), ("pre", True)]
+    train(optimizer, [1])
+    assert len(seen) == 4
+
+
+@BOTH
+def test_state_dict_hooks(Optimizer):
+    optimizer = Optimizer(make_groups(make_params()))
+    optimizer.register_state_dict_post_hook(lambda o, state_dict: state_dict | {"note": len(o.param_groups)})
+    loaded = []
+    optimizer.register_load_state_dict_post_hook(loaded.append)
+    state_dict = optimizer.state_dict()
+    assert state_dict["note"] == 3
+    optimizer.load_state_dict(state_dict)
+    assert loaded == [optimizer]
+
+
+@BOTH
+@pytest.mark.parametrize("set_by", ["constructor", "group"])
+def test_maximize_negates_the_loss_gradient_and_not_the_regularizer(Optimizer, set_by):
+    down_params, up_params = make_params(), make_params()
+    down = Optimizer(make_groups(down_params))
+    if set_by == "constructor":
+        up = Optimizer(make_groups(up_params), maximize=True)
+    else:
+        up = Optimizer([{**group, "maximize": True} for group in make_groups(up_params)])
+    for seed in range(3):
+        give_gradients(down_params, seed)
+        give_gradients(up_params, seed)
+        for p in up_params[:2]:
+            p.grad.neg_()
+        down.step()
+        up.step()
+    for p, q in zip(down_params[:2], up_params[:2], strict=True):
+        assert torch.equal(p, q)
+    plain, torchs = make_params()[2:], make_params()[2:]
+    optimizers = [Optimizer(plain, lr=0.1, maximize=True), torch.optim.SGD(torchs, lr=0.1, maximize=True)]
+    for optimizer in optimizers:
+        train(optimizer, range(3))
+    for p, q in zip(plain, torchs, strict=True):
+        assert torch.equal(p, q)
+
+
+@BOTH
+def test_gradients_of_none_leave_parameter_and_state_alone(Optimizer):
+    params = make_params()
+    optimizer = Optimizer(make_groups(params))
+    optimizer.step()  # none at all
+    assert all(not s for s in optimizer.state.values())
+    train(optimizer, range(2))
+    params[0].grad = params[2].grad = None
+    idle = [params[0], params[2]]
+    before = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in idle])
+    moving = params[1].detach().clone()
+    optimizer.step()
+    for p, (value, state) in zip(idle, before, strict=True):
+        assert torch.equal(p, value)
+        assert all(torch.equal(optimizer.state[p][key], state[key]) for key in state)
+    assert not torch.equal(params[1], moving)
+
+
+@BOTH
+def test_a_parameter_without_elements_is_no_obstacle(Optimizer):
+    empty = [nn.Parameter(torch.empty(shape)) for shape in ((0, 5), (3, 0), (0, 2, 3, 3))]
+    optimizer = Optimizer([{"params": [*empty, make_params()[0]], **GRASSMANN, "omega": 0}])
+    twin = Optimizer([{"params": make_params()[0], **GRASSMANN, "omega": 0}])
+    for o in (optimizer, twin):
+        train(o, [])
+    for _ in range(2):
+        for o in (optimizer, twin):
+            for p in o.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            o.step()
+    assert torch.equal(optimizer.param_groups[0]["params"][-1], twin.param_groups[0]["params"][0])
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    optimizer.step()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_take_the_float32_step_rounded(Optimizer, dtype):
+    narrow, wide = make_params(dtype)[:2], make_params()[:2]
+    options = {**GRASSMANN, "lr": 2.0}  # steps that rounding does not swallow
+    optimizer, reference = Optimizer(narrow, **options), Optimizer(wide, **options)
+    for seed in range(5):
+        give_gradients(narrow, seed)
+        for p, q in zip(narrow, wide, strict=True):
+            q.data.copy_(p.data)  # from the rounded weight
+            q.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+        for p, q in zip(narrow, wide, strict=True):
+            assert torch.equal(p, q.to(dtype))
+            assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+            for key, value in reference.state[q].items():
+                assert torch.equal(optimizer.state[p][key], value)
+
+
+@BOTH
+def test_weights_of_several_types_in_one_group_move_as_in_groups_of_their_own(Optimizer):
+    dtypes = torch.bfloat16, torch.float32, torch.float64
+    together, alone = ([make_params(dtype)[0] for dtype in dtypes] for _ in range(2))
+    options = {**GRASSMANN, "lr": 0.1}
+    optimizers = [Optimizer(together, **options), Optimizer([{"params": p} for p in alone], **options)]
+    for optimizer in optimizers:
+        train(optimizer, range(3))
+    for p, q in zip(together, alone, strict=True):
+        assert torch.equal(p, q)
+
+
+@BOTH
+def test_sparse_gradients(Optimizer):
+    """Refused on G(1, n), with nothing moved; elsewhere torch's SGD decides, by value or by error."""
+    p = nn.Parameter(torch.randn(4, 6))
+    sparse = torch.zeros(4, 6).index_fill(0, torch.tensor([1]), 0.5).to_sparse(1)
+    p.grad = sparse
+    before = p.detach().clone()
+    optimizer = Optimizer([p], **GRASSMANN)
+    with pytest.raises(RuntimeError, match="dense"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1}):
+        ours, theirs = nn.Parameter(before.clone()), nn.Parameter(before.clone())
+        outcomes = []
+        for q, make in ((ours, Optimizer), (theirs, torch.optim.SGD)):
+            optimizer = make([q], lr=0.1, **options)
+            try:
+                for _ in range(3):
+                    q.grad = sparse.clone()
+                    optimizer.step()
+                outcomes.append(None)
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+        assert torch.equal(ours, theirs)
+
+
+@BOTH
+def test_complex_parameters(Optimizer):
+    """Refused on G(1, n); elsewhere torch's SGD."""
+    p = nn.Parameter(torch.randn(3, 5, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="real"):
+        Optimizer([p], lr=0.1, grassmann=True).step()
+    q = nn.Parameter(p.detach().clone())
+    for r, make in ((p, Optimizer), (q, torch.optim.SGD)):
+        optimizer = make([r], lr=0.1, momentum=0.9)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            r.grad = torch.randn_like(r)
+            optimizer.step()
+    assert torch.equal(p, q)
+
+
+# ------------------------------------------------------------------------------------- gradients on the way
+
+
+@BOTH
+def test_gradient_scaling_takes_the_same_steps_and_skips_infinite_gradients(Optimizer):
+    params, twins = make_params(), make_params()
+    optimizer, twin = Optimizer(make_groups(params)), Optimizer(make_groups(twins))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for seed in range(3):
+        weights = [torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) for p in params]
+        optimizer.zero_grad()
+        scaler.scale(sum((p * w).sum() for p, w in zip(params, weights, strict=True))).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        for p, w in zip(twins, weights, strict=True):
+            p.grad = w
+        nn.utils.clip_grad_norm_(twins, 1.0)
+        twin.step()
+    assert_same(optimizer, twin)
+    optimizer.zero_grad()
+    scaler.scale(sum(p.sum() for p in params) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same(optimizer, twin)
+    assert scaler.get_scale() == 2.0**9
+
+
+@BOTH
+def test_clipping_the_gradients_norm_scales_them_all(Optimizer):
+    params, twins = make_params(torch.float64), make_params(torch.float64)
+    optimizers = [Optimizer([{**g, "grad_clip": None} for g in make_groups(ps)]) for ps in (params, twins)]
+    for seed in range(3):
+        for ps in (params, twins):
+            give_gradients(ps, seed)
+        norm = nn.utils.clip_grad_norm_(params, 0.5)
+        assert norm > 0.5
+        for p in twins:
+            p.grad.mul_(0.5 / (norm + 1e-6))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(everything(optimizers[0]), everything(optimizers[1]), rtol=1e-12, atol=0)
+
+
+# -------------------------------------------------------------------------------------------- schedulers
+
+MAKE_SCHEDULER = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, [lambda t: 0.9**t, lambda t: 1 / (1 + t)]),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.8),
+    "StepLR": lambda o: schedulers.StepLR(o, 2, gamma=0.2),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5], gamma=0.2),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, factor=0.3, total_iters=3),
+    "LinearLR": lambda o: schedulers.LinearLR(o, start_factor=0.3, total_iters=4),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.7),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=6, power=2),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=5),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=3),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, factor=0.1, total_iters=3), schedulers.ExponentialLR(o, 0.9)]
+    ),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.ExponentialLR(o, 0.9)], milestones=[3]
+    ),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1, factor=0.5),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.05, 0.3, step_size_up=3, base_momentum=0.7, max_momentum=0.95),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=[0.3, 0.1], total_steps=8),
+    "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=4),
+}
+STEPS = 7
+
+
+def test_every_scheduler_of_torch_is_tested():
+    of_torch = {name for name in schedulers.__all__ if name != "LRScheduler"} | {"SWALR"}
+    assert of_torch == set(MAKE_SCHEDULER)
+
+
+def scheduled(Optimizer, make_scheduler, tensor_lr):
+    """The optimizer after STEPS scheduled steps, and each step's (lr, momentum) of both groups."""
+    weight, _, other, _ = make_params(torch.float64)
+    lrs = [torch.tensor(lr, dtype=torch.float64) if tensor_lr else lr for lr in (0.2, 0.05)]
+    groups = [{"params": [weight], "lr": lrs[0]}, {"params": [other], "lr": lrs[1]}]
+    if Optimizer is not torch.optim.SGD:
+        groups[0] |= {"grassmann": True, "omega": 0.1}
+    optimizer = Optimizer(groups, lr=0.1, momentum=0.9)
+    scheduler = make_scheduler(optimizer)
+    history = []
+    for t in range(STEPS):
+        history.append([(float(g["lr"]), g["momentum"]) for g in optimizer.param_groups])
+        train(optimizer, [t])
+        if isinstance(scheduler, schedulers.ReduceLROnPlateau):
+            scheduler.step(1.0)
+        else:
+            scheduler.step()
+    return optimizer, history
+
+
+@BOTH
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("name", MAKE_SCHEDULER)
+def test_schedulers_drive_learning_rate_and_momentum_as_torchs_sgds(Optimizer, name, tensor_lr):
+    optimizer, history = scheduled(Optimizer, MAKE_SCHEDULER[name], tensor_lr)
+    _, expected = scheduled(torch.optim.SGD, MAKE_SCHEDULER[name], tensor_lr)
+    assert history == expected
+    assert len(set(map(tuple, history))) > 1
+    assert all(isinstance(g["lr"], torch.Tensor) == tensor_lr for g in optimizer.param_groups)
+    by_hand, _ = scheduled(Optimizer, lambda o: Script(o, expected), False)
+    assert_close(everything(optimizer), everything(by_hand), rtol=1e-13, atol=1e-14)
+
+
+class Script:
+    """A scheduler that sets the options of a history by hand, as floats."""
+
+    def __init__(self, optimizer, history):
+        self.optimizer, self.history = optimizer, iter(history)
+        self.step()
+
+    def step(self):
+        for group, (lr, momentum) in zip(self.optimizer.param_groups, next(self.history, []), strict=False):
+            group |= {"lr": lr, "momentum": momentum}
+
+
+# --------------------------------------------------------------------------------------------- averaging
+
+
+class Net(nn.Module):
+    """Small, with a convolution for G(1, n). `norm` is the normalization after it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = norm
+        self.linear = nn.Linear(4 * 4 * 4, 5)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+def fit(model, optimizer, x, labels):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), labels).backward()
+    optimizer.step()
+
+
+@BOTH
+def test_stochastic_weight_averaging(Optimizer):
+    model = Net(nn.BatchNorm2d(4))
+    optimizer = Optimizer(grassmann_param_groups(model, 0.01, 0.2))
+    averaged = swa_utils.AveragedModel(model)
+    scheduler = swa_utils.SWALR(optimizer, swa_lr=[0.1, 0.005, 0.005], anneal_epochs=2)
+    x, labels = torch.randn(8, 3, 6, 6), torch.arange(8) % 5
+    weights = []
+    for _ in range(4):
+        fit(model, optimizer, x, labels)
+        scheduler.step()
+        averaged.update_parameters(model)
+        weights.append(model.conv.weight.detach().clone())
+    assert_close(averaged.module.conv.weight.detach(), torch.stack(weights).mean(0))
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 0.005, 0.005])
+    before = averaged.module.norm.running_mean.clone()
+    swa_utils.update_bn([x], averaged)
+    # A chord's middle lies inside the sphere, so an average is not of unit length; BN does not care.
+    length = averaged.module.conv.weight.flatten(1).norm(dim=1)
+    assert ((length > 0.5) & (length < 1)).all()
+    assert_close(averaged.module.norm.running_mean, averaged.module.conv(x).mean((0, 2, 3)).detach())
+    assert not torch.equal(averaged.module.norm.running_mean, before)
+
+
+# ------------------------------------------------------------------------------------------- two processes
+
+
+def joint_batch():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(8, 3, 6, 6, generator=generator), torch.arange(8) % 5
+
+
+def distributed_nets(wrap=lambda model: model):
+    """name, model and optimizer of each case; GroupNorm, since batch statistics differ between halves of a batch."""
+    for Optimizer in (SGDG, AdamG):
+        for zero in (False, True):
+            torch.manual_seed(0)
+            model = Net(nn.GroupNorm(2, 4))
+            groups = grassmann_param_groups(model, 0.01, 0.2)
+            yield f"{Optimizer.__name__}, zero={zero}", wrap(model), Optimizer, groups, zero
+
+
+def train_on_one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for name, model, Optimizer, groups, zero in distributed_nets(DistributedDataParallel):
+        if zero:  # one class and its defaults, later groups with options of their own
+            first, *others = groups
+            options = {key: value for key, value in first.items() if key not in ("params", "name")}
+            optimizer = ZeroRedundancyOptimizer(first["params"], optimizer_class=Optimizer, **options)
+            for group in others:
+                optimizer.add_param_group(group)
+        else:
+            optimizer = Optimizer(groups)
+        x, labels = (t[rank::2] for t in joint_batch())
+        for _ in range(3):
+            fit(model, optimizer, x, labels)
+        if zero:
+            optimizer.consolidate_state_dict(to=0)
+        state_dict = optimizer.state_dict() if rank == 0 or not zero else {"state": {}}
+        results[name] = [p.detach() for p in model.parameters()], state_dict["state"]
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
+    """DistributedDataParallel, alone and with ZeroRedundancyOptimizer."""
+    torch.multiprocessing.spawn(train_on_one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, model, Optimizer, groups, _ in distributed_nets():
+        optimizer = Optimizer(groups)
+        for _ in range(3):
+            fit(model, optimizer, *joint_batch())
+        for p, a, b in zip(model.parameters(), first[name][0], second[name][0], strict=True):
+            assert torch.equal(a, b), name
+            assert_close(a, p.detach(), rtol=0, atol=1e-6)
+        expected = optimizer.state_dict()["state"]
+        assert first[name][1].keys() == expected.keys()
+        for i, state in expected.items():
+            for key, value in state.items():
+                assert_close(first[name][1][i][key], value, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ trainers
+
+
+def move(thing):
+    """What trainers do to a state dict: rebuild every container, copy every tensor."""
+    if isinstance(thing, torch.Tensor):
+        return thing.to("cpu", copy=True)
+    if isinstance(thing, dict):
+        return type(thing)({key: move(value) for key, value in thing.items()})
+    if isinstance(thing, list | tuple):
+        return type(thing)(move(value) for value in thing)
+    return thing
+
+
+@BOTH
+def test_the_calls_that_lightning_makes(Optimizer):
+    """A wrapper of a class made on the fly, closures, toggled requires_grad, monitored rates, state moved in place."""
+    model, twin = Net(nn.BatchNorm2d(4)), Net(nn.BatchNorm2d(4))
+    twin.load_state_dict(model.state_dict())
+    optimizer, plain = (Optimizer(grassmann_param_groups(m, 0.01, 0.2)) for m in (model, twin))
+    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+
+    class Wrapper:
+        def __init__(self, wrapped):
+            self.__dict__ = {key: value for key, value in wrapped.__dict__.items() if key not in ("step", "__del__")}
+            self.__class__ = type("Lightning" + type(wrapped).__name__, (type(self), type(wrapped)), {})
+            self.wrapped = wrapped
+
+        def step(self, closure=None, **kwargs):
+            return self.wrapped.step(closure=closure, **kwargs)
+
+    wrapper = Wrapper(optimizer)
+    assert isinstance(wrapper, Optimizer)
+    scheduler = schedulers.LambdaLR(optimizer, lambda t: 1.0)
+    x, labels = torch.randn(8, 3, 6, 6), torch.arange(8) % 5
+
+    def closure():
+        loss = nn.functional.cross_entropy(model(x), labels)
+        wrapper.zero_grad()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        for group in other.param_groups:
+            for p in group["params"]:
+                p.requires_grad_(False)
+        assert wrapper.step(closure=closure).requires_grad
+        for p in other.param_groups[0]["params"]:
+            p.requires_grad_(True)
+        scheduler.step()
+        fit(twin, plain, x, labels)
+    assert [wrapper.param_groups[i]["lr"] for i in range(3)] == [0.2, 0.01, 0.01]
+    assert "momentum" in wrapper.param_groups[0]
+    for p, state in optimizer.state.items():
+        optimizer.state[p] = move(state)
+    closure()
+    optimizer.step()
+    fit(twin, plain, x, labels)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    plain.load_state_dict(move(wrapper.state_dict()))
+    assert_same(plain, optimizer)
+
+
+@BOTH
+def test_the_calls_that_hugging_faces_trainer_makes(Optimizer):
+    """An optimizer handed over with a LambdaLR; accelerate's wrapper is an Optimizer that forwards and moves state."""
+    model, twin = Net(nn.BatchNorm2d(4)), Net(nn.BatchNorm2d(4))
+    twin.load_state_dict(model.state_dict())
+
+    class Accelerated(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            optimizer.load_state_dict(move(optimizer.state_dict()))
+
+        state = property(lambda self: self.optimizer.state)
+        param_groups = property(lambda self: self.optimizer.param_groups)
+        defaults = property(lambda self: self.optimizer.defaults)
+
+        def state_dict(self):
+            return self.optimizer.state_dict()
+
+        def load_state_dict(self, state_dict):
+            self.optimizer.load_state_dict(state_dict)
+
+        def zero_grad(self, set_to_none=None):
+            self.optimizer.zero_grad(set_to_none=True if set_to_none is None else set_to_none)
+
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+
+    def prepare(m):
+        optimizer = Optimizer(grassmann_param_groups(m, 0.01, 0.2))
+        scheduler = schedulers.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 3))
+        assert not hasattr(optimizer, "train")  # a trainer that finds one calls it
+        return Accelerated(optimizer), scheduler
+
+    optimizer, scheduler = prepare(model)
+    x, labels = torch.randn(8, 3, 6, 6), torch.arange(8) % 5
+    for t in range(4):
+        if t == 2:  # save, resume in a new process, go on
+            saved = through_a_file([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()])
+            resumed, resumed_scheduler = prepare(twin)
+            for thing, state in zip((twin, resumed, resumed_scheduler), saved, strict=True):
+                thing.load_state_dict(state)
+        fit(model, optimizer, x, labels)
+        scheduler.step()
+    for _ in range(2):
+        fit(twin, resumed, x, labels)
+        resumed_scheduler.step()
+    assert_same(resumed.optimizer, optimizer.optimizer)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.2
+    assert_close(unit(model.conv.weight.detach().flatten(1))[1], torch.ones(4, 1))
