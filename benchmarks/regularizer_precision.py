@@ -72,7 +72,7 @@ def main() -> None:
     figures = {}
     print(f"Relative error of the projected gradient, {args.rows} rows of {args.columns} elements")
     print(f"{'rows':16} {'off':>11} " + " ".join(f"{name:>21}" for name in ways))
-    for name, steps in (("random", 0), ("after 20 steps", 20), ("after 60 steps", 60)):
+    for name, steps in (("random", 0), ("after 20 steps", 20), ("after 60 steps", 60), ("after 100 steps", 100)):
         y = nearly_orthogonal(random, steps)
         exact = project(y.double(), orthogonality_gradient(y.double()))
         errors = {way: ((project(y, f(y)) - exact).norm() / exact.norm()).item() for way, f in ways.items()}

@@ -85,7 +85,7 @@ def test_commands_are_accepted():
 
 @pytest.mark.parametrize("number", [0, 1], ids=["groups by the helper", "groups by hand"])
 def test_the_code_runs_and_trains(number):
-    assert len(code_blocks()) == 2
+    assert len(code_blocks()) == 3
     torch.manual_seed(0)
     model = WideResNet(depth=10, width=1, num_classes=10)
     names = {"model": model}
@@ -135,3 +135,16 @@ def test_places_in_the_code_exist():
     assert places
     for module, name in places:
         assert hasattr(importlib.import_module(module), name), (module, name)
+
+
+def test_the_code_that_measures_runs(capsys):
+    model = WideResNet(depth=10, width=1, num_classes=10)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    names = {"model": model, "loss_fn": lambda net: cross_entropy(net(images), labels)}
+    exec(code_blocks()[2], names)
+    assert capsys.readouterr().out.count("True") == 3
+    assert len(names["groups"][0]["params"]) == 3
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "<!--" not in README

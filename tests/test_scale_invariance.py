@@ -1,0 +1,136 @@
+"""scale_invariance measures what the networks' shapes imply, and leaves no trace."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from grassmann_optimizer import SGDG, grassmann_param_groups, scale_invariance
+from resnet import WideResNet
+
+
+def loss_on(*shape, classes=10):
+    """The loss of a batch of random pictures."""
+    x, labels = torch.randn(*shape), torch.randint(classes, shape[:1])
+    return lambda model: cross_entropy(model(x), labels)
+
+
+def verdicts(model, loss_fn):
+    return {m.name.removesuffix(".weight"): m.invariant for m in scale_invariance(model, loss_fn)}
+
+
+def test_a_wide_resnets_first_convolutions_of_a_block_are_invariant_and_nothing_else():
+    torch.manual_seed(0)
+    found = verdicts(WideResNet(10, 1, 10, dropout=0.3), loss_on(16, 3, 32, 32))
+    assert {name for name, invariant in found.items() if invariant} == {f"group{i}.block0.conv0" for i in range(3)}
+    # At a width above 1 the network's first convolution feeds only a batch normalization: group0.block0 has a convdim.
+    found = verdicts(WideResNet(10, 2, 10), loss_on(16, 3, 32, 32))
+    assert {name for name, invariant in found.items() if invariant} == {
+        "conv0",
+        *(f"group{i}.block0.conv0" for i in range(3)),
+    }
+
+
+def test_tripling_a_weight_agrees_with_the_verdict():
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10)
+    loss_fn = loss_on(16, 3, 32, 32)
+    for m in scale_invariance(model, loss_fn):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            before = loss_fn(changed.train()).item()
+            changed.get_parameter(m.name).mul_(3)
+            after = loss_fn(changed).item()
+        assert (abs(after - before) < 1e-4) == m.invariant, m
+
+
+def test_chance_is_about_the_largest_cosine_of_random_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(400, 1000))
+    direction = torch.randn(1000, 400)
+    (m,) = scale_invariance(model, lambda net: (net[1].weight * direction).sum())
+    assert m.chance == pytest.approx(math.sqrt(2 * math.log(2000) / 400))
+    assert m.cosine == pytest.approx(m.chance, rel=0.25)
+    assert not m.invariant
+
+
+def test_rows_without_a_gradient_are_counted_and_not_measured():
+    torch.manual_seed(0)
+    model = nn.Linear(50, 6)
+    (m,) = scale_invariance(model, lambda net: net(torch.randn(4, 50))[:, :2].sum())
+    assert m.idle_rows == 4
+    unused = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+    used, idle = scale_invariance(unused, lambda net: net[0](torch.ones(1, 5)).sum())
+    assert (used.idle_rows, idle.idle_rows) == (0, 3)
+    assert math.isnan(idle.cosine)
+    assert not idle.invariant
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_behind(training):
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10, dropout=0.5).train(training)
+    model.bn.eval()
+    model.fc.bias.grad = torch.ones(10)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    seen = []
+    model.group0.block0.register_forward_hook(lambda module, *_: seen.append(module.training))
+    scale_invariance(model, fixed_loss())
+    assert seen == [True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model.fc.bias.grad, torch.ones(10))
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "fc.bias")
+
+
+def fixed_loss():
+    x = torch.linspace(-1, 1, 8 * 3 * 32 * 32).view(8, 3, 32, 32)
+    return lambda model: cross_entropy(model(x), torch.arange(8))
+
+
+def test_buffers_and_modes_are_put_back_when_the_loss_fails():
+    model = WideResNet(10, 1, 10).eval()
+    before = copy.deepcopy(model.state_dict())
+
+    def failing(net):
+        net(torch.randn(4, 3, 32, 32))
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        scale_invariance(model, failing)
+    assert not model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_groups_by_measurement():
+    torch.manual_seed(0)
+    # The first linear layer feeds a batch normalization, with more rows than elements in a row; the last does not.
+    model = nn.Sequential(nn.Linear(10, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 20), nn.BatchNorm1d(20))
+    model.append(nn.ReLU()).append(nn.Linear(20, 5))
+    loss_fn = loss_on(64, 10, classes=5)
+    groups = {g["name"]: g for g in grassmann_param_groups(model, 0.1, 0.2, select="measured", loss_fn=loss_fn)}
+    assert groups["on G(1,n)"]["params"] == [model[3].weight]
+    assert groups["on G(1,n), overcomplete"]["params"] == [model[0].weight]
+    assert groups["other"]["params"] == [model[6].weight]
+    assert (groups["on G(1,n)"]["omega"], groups["on G(1,n), overcomplete"]["omega"]) == (0.1, 0)
+    optimizer = SGDG(groups.values())
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = loss_fn(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{"select": "measured"}, {"select": "name"}, {"loss_fn": lambda model: 0}])
+def test_a_selection_without_its_loss_is_refused(options):
+    with pytest.raises(ValueError, match="select"):
+        grassmann_param_groups(nn.Linear(3, 2), 0.1, 0.2, **options)
