@@ -14,7 +14,8 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import torch
 from utils import UserError
 
 SIZE = 32  # pixels: height and width of every picture
-DATASETS = ("CIFAR10", "CIFAR100", "digits", "folder")
+DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 # Per channel (R, G, B) on 0..255: mean, std. The paper's values.
 CIFAR_STATISTICS = {
@@ -39,7 +40,7 @@ CIFAR_STATISTICS = {
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
 
 # What torchvision meets: no network, no permission, a bad checksum (RuntimeError), a broken archive.
-CIFAR_ERRORS = (
+DOWNLOAD_ERRORS = (
     OSError,
     http.client.HTTPException,
     RuntimeError,
@@ -84,7 +85,7 @@ class DataSet:
 def load_data(dataset: str, dataroot, dataset_name: str | None = None, nthread: int = 2) -> DataSet:
     """Load one of `DATASETS` whole into memory.
 
-    `dataroot` is where CIFAR is or will be downloaded to, or the root of a `folder` (unused for digits).
+    `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for digits).
     `dataset_name` is what a folder is called in logs (default "folder"; the others have a name). `nthread`
     threads decode a folder's pictures. Raises UserError for data that are missing, broken or cannot be
     downloaded.
@@ -92,6 +93,8 @@ def load_data(dataset: str, dataroot, dataset_name: str | None = None, nthread: 
     root = Path(dataroot).expanduser()
     if dataset in CIFAR_STATISTICS:
         return _load_cifar(dataset, root)
+    if dataset == "SVHN":
+        return _load_svhn(root)
     if dataset == "digits":
         return _load_digits()
     if dataset == "folder":
@@ -104,22 +107,8 @@ def _load_cifar(dataset: str, root: Path) -> DataSet:
     from torchvision import datasets  # here, because it takes seconds to import
 
     source = getattr(datasets, dataset)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
+    with _downloading(dataset, root, source.filename, source.url):
         train, test = source(root, train=True, download=True), source(root, train=False)
-    except CIFAR_ERRORS as error:
-        archive = root / source.filename
-        if archive.is_file():
-            problem = f"{archive} is incomplete, corrupt or unreadable, and no good copy could be downloaded"
-        else:
-            problem = f"{dataset} is not in {root} and could not be downloaded"
-        raise UserError(
-            f"{problem} ({_reason(error)}): place {source.filename} from {source.url} in {root}, "
-            "or use --dataset digits, which needs no network"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     mean, std = CIFAR_STATISTICS[dataset]
     return DataSet(
         name=dataset,
@@ -132,6 +121,58 @@ def _load_cifar(dataset: str, root: Path) -> DataSet:
         std=std,
         flip=True,
     )
+
+
+def _load_svhn(root: Path) -> DataSet:
+    """SVHN through torchvision: train and extra (604,388 pictures, 1.86 GB) to train; the paper's x / 255, no flip.
+
+    While torchvision's arrays are put together, the pictures are in memory twice (3.7 GB).
+    """
+    from torchvision.datasets import SVHN
+
+    parts = {}
+    for split, (url, filename, _) in SVHN.split_list.items():
+        with _downloading("SVHN", root, filename, url):
+            parts[split] = SVHN(root, split, download=True)
+    train = [parts["train"], parts["extra"]]
+    return DataSet(
+        name="SVHN",
+        train_images=_join_planes([part.data for part in train]),
+        train_labels=np.concatenate([part.labels for part in train]),
+        test_images=_join_planes([parts["test"].data]),
+        test_labels=parts["test"].labels,
+        classes=tuple("0123456789"),
+        mean=(0.0, 0.0, 0.0),
+        std=(255.0, 255.0, 255.0),
+        flip=False,
+    )
+
+
+def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays (n, 3, 32, 32) as one (N, 32, 32, 3), C-contiguous, which np.concatenate alone would not make it."""
+    images = np.empty((sum(map(len, arrays)), SIZE, SIZE, 3), np.uint8)
+    return np.concatenate([array.transpose(0, 2, 3, 1) for array in arrays], out=images)
+
+
+@contextmanager
+def _downloading(dataset: str, root: Path, filename: str, url: str) -> Iterator[None]:
+    """Gives up on a silent server, and makes torchvision's failure one sentence about the file."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    except DOWNLOAD_ERRORS as error:
+        archive = root / filename
+        if archive.is_file():
+            problem = f"{archive} is incomplete, corrupt or unreadable, and no good copy could be downloaded"
+        else:
+            problem = f"{dataset} is not in {root} and could not be downloaded"
+        raise UserError(
+            f"{problem} ({_reason(error)}): place {filename} from {url} in {root}, "
+            "or use --dataset digits, which needs no network"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _reason(error: BaseException) -> str:
@@ -245,6 +286,35 @@ def _read_picture(path: Path) -> np.ndarray:
         interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
         image = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def hold_out(data: DataSet, count: int, seed: int = 0) -> DataSet:
+    """The same data with `count` training pictures as the test part, to choose hyperparameters on.
+
+    They leave the training part; the real test part is not in the result. Each class gives its share, rounded up or
+    down; which pictures depends on nothing but the training labels, `count` and `seed`. The mean and std stay those of
+    the whole training part.
+
+    Raises UserError where `count` is not in 1..N-1, or one of the parts would lack a class of the training set.
+    """
+    labels, total = data.train_labels, len(data.train_labels)
+    if not 1 <= count < total:
+        raise UserError(f"--holdout {count} does not fit a training set of {total} pictures: choose 1 to {total - 1}")
+    shuffled = np.random.default_rng(seed).permutation(total)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    held = np.zeros(total, bool)
+    held[by_class[np.arange(count) * total // count]] = True  # evenly spaced through the classes: stratified
+    for part, use in ((held, "choose on"), (~held, "train on")):
+        if missing := set(labels.tolist()) - set(labels[part].tolist()):
+            names = ", ".join(data.classes[label] for label in sorted(missing))
+            raise UserError(f"--holdout {count} leaves no picture to {use} of the classes: {names}")
+    return replace(
+        data,
+        train_images=data.train_images[~held],
+        train_labels=labels[~held],
+        test_images=data.train_images[held],
+        test_labels=labels[held],
+    )
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

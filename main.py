@@ -22,16 +22,19 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import DataSet, EpochPlan, TrainBatches, eval_batches, load_data
+from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, orthogonality_gradient, project, unit
 from resnet import WideResNet, blocks_per_group
 from utils import (
@@ -44,28 +47,37 @@ from utils import (
     UserError,
     generator_states,
     load_checkpoint,
+    lock_directory,
     save_checkpoint,
     set_generator_states,
     write_json,
 )
+from vgg import VGG
 
 # The paper's hyperparameters. An option that is not given takes its value from here.
 PROTOCOLS = {
     "CIFAR": {
-        "schedule": {"epochs": 200, "epoch_step": [60, 120, 160], "lr_decay_ratio": 0.2},
-        "dropout": {"resnet": 0.3},
+        "common": {"epochs": 200, "epoch_step": [60, 120, 160], "lr_decay_ratio": 0.2, "randomcrop_pad": 4},
+        "dropout": {"resnet": 0.3},  # of other models: 0
         "SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4},
         "SGDG": {"lr": 0.01, "lrg": 0.2, "bn_decay": 0.0},
         "AdamG": {"lr": 0.01, "lrg": 0.05, "bn_decay": 0.0},
     },
+    "SVHN": {
+        "common": {"epochs": 160, "epoch_step": [60, 120], "lr_decay_ratio": 0.1, "randomcrop_pad": 0},
+        "dropout": {"resnet": 0.4},
+        "SGD": {"lr": 0.01, "lrg": None, "bn_decay": 5e-4},
+        "SGDG": {"lr": 0.001, "lrg": 0.02, "bn_decay": 0.0},
+        "AdamG": {"lr": 0.001, "lrg": 0.005, "bn_decay": 0.0},
+    },
 }
-PROTOCOL_OF = {"CIFAR10": "CIFAR", "CIFAR100": "CIFAR", "digits": "CIFAR", "folder": "CIFAR"}
+PROTOCOL_OF = {"CIFAR10": "CIFAR", "CIFAR100": "CIFAR", "SVHN": "SVHN", "digits": "CIFAR", "folder": "CIFAR"}
 
 
 def paper_values(model: str, dataset: str, method: str) -> dict:
-    """The paper's learning rates, decay of BN and biases, dropout and schedule for a model, a data set and a method."""
+    """The paper's learning rates, decay of BN and biases, dropout, schedule and augmentation."""
     protocol = PROTOCOLS[PROTOCOL_OF[dataset]]
-    return {**protocol["schedule"], "dropout": protocol["dropout"][model], **protocol[method]}
+    return {**protocol["common"], "dropout": protocol["dropout"].get(model, 0.0), **protocol[method]}
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -77,7 +89,7 @@ DEFAULTS = {
     "dataset": "CIFAR10",
     "dataroot": "./data",
     "dataset_name": None,
-    "randomcrop_pad": 4,
+    "holdout": 0,
     "nthread": 1,
     "optim_method": "SGD",
     "batch_size": 128,
@@ -90,8 +102,9 @@ DEFAULTS = {
     "dtype": "float32",
     "compile": False,
 }
+VGGS = {f"vgg{depth}": depth for depth in (11, 13, 16, 19)}
 # Options of one call, not of the run: never taken from a checkpoint.
-PER_CALL = {"save": None, "resume": None, "eval": False, "max_minutes": None}
+PER_CALL = {"save": None, "resume": None, "eval": False, "summary": False, "max_minutes": None}
 # What may change when a run is resumed.
 MAY_CHANGE = {"epochs", "nthread", "device", "dataroot", "compile"}
 # Flags of the authors' script without a meaning of their own any more, with the one value that changes nothing.
@@ -169,7 +182,7 @@ def default_text(option: str) -> str:
             rates = ((method, protocol[method][option]) for method in ("SGD", "SGDG", "AdamG"))
             texts.append(f"{name}: " + ", ".join(f"{method} {rate}" for method, rate in rates if rate is not None))
         else:
-            value = {**protocol, **protocol["schedule"]}[option]
+            value = {**protocol, **protocol["common"]}[option]
             texts.append(f"{name}: {value}".replace("{", "").replace("}", "").replace("'", ""))
     return "the paper's, " + "; ".join(texts)
 
@@ -189,16 +202,17 @@ def make_parser() -> argparse.ArgumentParser:
         action.help += f" (default: {default or default_text(action.dest)})"
 
     group = parser.add_argument_group("model")
-    flag("--model", choices=["resnet"], help="network")
+    flag("--model", choices=["resnet", *VGGS], help="network")
     flag("--depth", type=number(int, 1), help="depth 6n+4 of a Wide ResNet")
     flag("--width", type=number(int, 1), help="its widening factor")
-    flag("--dropout", type=number(float, 0, 1), help="dropout between a block's two convolutions")
+    flag("--dropout", type=number(float, 0, 1), help="between a block's two convolutions; VGG: after each pool")
 
     group = parser.add_argument_group("data")
-    flag("--dataset", choices=list(PROTOCOL_OF), help="CIFAR is downloaded; digits needs no network")
+    flag("--dataset", choices=list(PROTOCOL_OF), help="CIFAR and SVHN are downloaded; digits needs no network")
     flag("--dataroot", help="where data sets are; for folder it holds train/CLASS/*.png and test/...")
     flag("--dataset_name", default="folder", help="what a folder is called in logs")
     flag("--randomcrop_pad", type=number(int, 0, 32), help="reflected border before the random crop, in pixels")
+    flag("--holdout", type=number(int, 0), help="test on so many training pictures instead, to choose hyperparameters")
     flag("--nthread", type=number(int, 0), help="threads that prepare batches; 0: none of their own")
 
     group = parser.add_argument_group("optimization")
@@ -226,6 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="continue the run in DIR, or a file; auto: that in --save, if any",
     )
     flag("--eval", action="store_true", default="off", help="evaluate the checkpoint that --resume names; no training")
+    flag("--summary", action="store_true", default="off", help="print parameters, groups, multiply-adds, and exit")
     flag("--seed", type=number(int, 0, 2**63), help="of weights, dropout, data order and augmentation")
     flag("--device", choices=["auto", "cpu", "cuda"], help="auto takes a GPU where there is one")
     flag("--dtype", type=precision, choices=["float32", "bfloat16", "float16"], help="precision of autocast")
@@ -266,6 +281,8 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | No
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
     check_options(options)
+    if unused := [f"--{name}" for name in given if options[name] is None and given[name] is not None]:
+        print(f"note: {', '.join(unused)} has no effect on {model_name(options)} with {options['optim_method']}")
     return argparse.Namespace(**options, **call), checkpoint
 
 
@@ -288,10 +305,10 @@ def fill_in(given: dict) -> dict:
 
 
 def without_unused(options: dict) -> dict:
-    """SGD has nothing on G(1,n): its options are None, so that no two equal runs look different."""
-    if options["optim_method"] == "SGD":
-        options = {name: None if name in ("lrg", "omega", "grad_clip") else value for name, value in options.items()}
-    return options
+    """None for what a method or model has no use for, so that no two equal runs look different."""
+    unused = ("lrg", "omega", "grad_clip") if options["optim_method"] == "SGD" else ()
+    unused += ("depth", "width") if options["model"] in VGGS else ()
+    return {name: None if name in unused else value for name, value in options.items()}
 
 
 def continue_with(given: dict, stored: dict, path: Path) -> dict:
@@ -315,8 +332,11 @@ def check_options(options: dict) -> None:
         )
     if options["dtype"] == "float16" and choose_device(options["device"]).type == "cpu":
         raise UsageError("--dtype float16 needs a GPU (it crawls on the CPU); use float32 or bfloat16")
+    if options["model"] in VGGS and options["batch_size"] == 1:
+        raise UsageError("--batchSize 1: VGG normalizes each feature over the batch; use at least 2")
     try:
-        blocks_per_group(options["depth"])
+        if options["model"] == "resnet":
+            blocks_per_group(options["depth"])
     except ValueError as error:
         raise UsageError(f"--depth: {error}") from error
 
@@ -327,7 +347,9 @@ def data_name(options: dict) -> str:
 
 
 def model_name(options: dict) -> str:
-    """As the paper says it: wrn-28-10."""
+    """As the paper says it: wrn-28-10, vgg-13."""
+    if options["model"] in VGGS:
+        return f"vgg-{VGGS[options['model']]}"
     return f"wrn-{options['depth']}-{options['width']}"
 
 
@@ -343,6 +365,13 @@ def choose_device(name: str) -> torch.device:
 
 
 # ----------------------------------------------------------------------------- model, optimizer, what is measured
+
+
+def make_model(options: argparse.Namespace, classes: int) -> nn.Module:
+    """The network that --model names."""
+    if options.model in VGGS:
+        return VGG(VGGS[options.model], classes, options.dropout)
+    return WideResNet(options.depth, options.width, classes, options.dropout)
 
 
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
@@ -436,7 +465,7 @@ class Training:
         self.options, self.data = options, data
         self.device = choose_device(options.device)
         torch.manual_seed(options.seed)
-        model = WideResNet(options.depth, options.width, len(data.classes), options.dropout)
+        model = make_model(options, len(data.classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.optimizer = make_optimizer(self.model, options)
@@ -606,22 +635,43 @@ def show_progress(t: Training, bar: tqdm, first: int, started: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(t: Training, stop: StopRequest | None = None) -> tuple[float, float] | None:
-    """Test loss and error in %, over all test pictures; None if a signal came first."""
+def test_logits(t: Training) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, classes) and labels (B,) on the device, batch by batch over all test pictures."""
     t.model.eval()
-    n = len(t.data.test_labels)
-    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
     pin = t.device.type == "cuda"
     for images, labels in eval_batches(t.data.test_images, t.data.test_labels, t.options.batch_size, pin_memory=pin):
         x, labels = t.inputs(images, labels)
         with t.autocast():
             logits = t.forward(x)
-            loss = cross_entropy(logits, labels, reduction="sum")
+        yield logits.float(), labels
+
+
+def evaluate(t: Training, stop: StopRequest) -> tuple[float, float] | None:
+    """Test loss and error in %, over all test pictures; None if a signal came first."""
+    n = len(t.data.test_labels)
+    sums = torch.zeros(2, dtype=torch.float64, device=t.device)
+    for logits, labels in test_logits(t):
+        loss = cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
-        if stop is not None and stop.by_signal:
+        if stop.by_signal:
             return None
     loss, wrong = sums.tolist()
     return loss / n, 100 * wrong / n
+
+
+def print_evaluation(t: Training) -> None:
+    """Test loss, top-1 and top-5 error, and each class's error; 80 columns."""
+    logits, labels = (torch.cat(parts).cpu() for parts in zip(*test_logits(t), strict=True))
+    wrong = logits.argmax(1) != labels
+    nearest = logits.topk(min(5, logits.shape[1])).indices
+    top5 = (nearest != labels[:, None]).all(1)
+    part = f"{len(labels):,} {'held-out training' if t.options.holdout else 'test'} pictures of {t.data.name}"
+    print(f"{model_name(vars(t.options))} after {t.epoch} epochs, on {part}:")
+    print(f"loss {cross_entropy(logits, labels):.4f}, top-1 error {100 * wrong.double().mean():.2f}%", end=", ")
+    print(f"top-5 error {100 * top5.double().mean():.2f}%")
+    for index, name in enumerate(t.data.classes):
+        mine = wrong[labels == index].double()
+        print(f"  {name:30} {len(mine):7,} pictures  error {100 * mine.mean():6.2f}%")
 
 
 def finish_epoch(t: Training, log: RunLog, test_loss: float, test_error: float, test_time: float) -> None:
@@ -720,8 +770,13 @@ def describe_to_tensorboard(t: Training, log: RunLog, batches: TrainBatches) -> 
     log.board.add_images("augmented pictures", batches.batch(t.plan(), 0)[0][:64], 0, dataformats="NHWC")
 
 
-def claim_directory(save: Path, resume: str | None) -> None:
-    """Make the run's directory; UserError if it cannot be written, UsageError if a run other than `resume` is in it."""
+def claim_directory(save: Path, resume: str | None) -> BinaryIO:
+    """Make the run's directory and lock it until the file that is returned is closed.
+
+    Raises:
+        UserError: it cannot be written, or a living process writes to it.
+        UsageError: a run other than `resume` is in it.
+    """
     try:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{CONFIG}.tmp").touch()
@@ -737,6 +792,7 @@ def claim_directory(save: Path, resume: str | None) -> None:
     log = save / LOG
     if not (save / CHECKPOINT).exists() and log.exists() and log.read_text(errors="replace").count("\n") > 1:
         raise UsageError(f"{save} holds the log of a run but no checkpoint to resume from; choose another --save")
+    return lock_directory(save)
 
 
 def write_config(t: Training) -> None:
@@ -781,12 +837,8 @@ def print_start(t: Training) -> None:
     """The options, the device, every parameter with its shape and group, and the totals; 80 columns."""
     options = ", ".join(f"{name} {value}" for name, value in run_options(t.options).items())
     print(textwrap.fill(f"options: {options}", 80, subsequent_indent="  "))
-    print(
-        "device:",
-        ", ".join(
-            f"{value} {name}" if name == "threads" else str(value) for name, value in environment(t.device).items()
-        ),
-    )
+    where = environment(t.device)
+    print(f"device: {where['device']}, {where['threads']} threads, torch {where['torch']}")
     group_of = {p: group["name"] for group in t.optimizer.param_groups for p in group["params"]}
     totals: dict[str, list[int]] = {}
     for name, p in t.model.named_parameters():
@@ -800,11 +852,28 @@ def print_start(t: Training) -> None:
     print(f"in all: {sum(elements for _, elements in totals.values()):,} parameters", flush=True)
 
 
+def print_summary(options: argparse.Namespace) -> None:
+    """What `print_start` says, and the multiply-adds of one picture; no data set is needed but a folder's."""
+    if options.dataset == "folder":
+        classes = load_data(options.dataset, options.dataroot, options.dataset_name).classes
+    else:
+        classes = tuple(map(str, range(100 if options.dataset == "CIFAR100" else 10)))
+    picture, label = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64)
+    one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    t = Training(options, DataSet(data_name(vars(options)), picture, label, picture, label, classes, *one, flip=False))
+    print_start(t)
+    with FlopCounterMode(display=False) as counter:
+        next(test_logits(t))
+    print(f"multiply-adds of one picture: {counter.get_total_flops() // 2:,}")
+
+
 def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
     options, checkpoint = parse_options(argv)
-    if not options.eval:
-        claim_directory(options.save, options.resume)
+    if options.summary:
+        print_summary(options)
+        return 0
+    lock = None if options.eval else claim_directory(options.save, options.resume)
     # The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a search.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -813,12 +882,13 @@ def run(argv: list[str] | None) -> int:
     # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     data = load_data(options.dataset, options.dataroot, options.dataset_name)
+    if options.holdout:
+        data = hold_out(data, options.holdout)
     t = Training(options, data)
     if checkpoint:
         t.restore(checkpoint)
     if options.eval:
-        loss, error = evaluate(t)
-        print(f"{options.resume} after {t.epoch} epochs: test loss {loss:.4f}, error {error:.2f}%")
+        print_evaluation(t)
         return 0
     t.plan()  # an impossible --batchSize ends here, before a file is written
     if t.epoch > options.epochs:
@@ -829,7 +899,8 @@ def run(argv: list[str] | None) -> int:
     write_config(t)
     print_start(t)
     deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes
-    return train(t, StopRequest(deadline))
+    with lock:
+        return train(t, StopRequest(deadline))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -839,6 +910,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"main.py: error: {error}; when that is mended, continue with --resume", file=sys.stderr)
         return 1

@@ -4,8 +4,11 @@ A run is a directory: `config.json`, `log.txt`, TensorBoard events and `checkpoi
 reads such directories; everything that resumes needs only the directory.
 """
 
+import errno
+import fcntl
 import json
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-CONFIG, LOG, CHECKPOINT = "config.json", "log.txt", "checkpoint.pt"
+CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
 
 
 class UserError(Exception):
@@ -79,6 +82,34 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["options"], dict):
         raise UserError(f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt")
     return state
+
+
+def lock_directory(directory: Path) -> BinaryIO:
+    """Lock a run's directory against a second writer until the returned file is closed, if only by the process's end.
+
+    Raises:
+        UserError: a living process holds the lock, on this machine or on one that shares the file system.
+    """
+    path = directory / LOCK
+    file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().decode(errors="replace").strip() or "another process"
+        file.close()
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"{directory} cannot be locked ({error.strerror}); choose a --save on a local disk"
+            ) from error
+        raise UserError(
+            f"{directory} is being written by {holder}; wait for it, or choose another --save "
+            f"(if that machine is gone, remove {path} and try again)"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    file.flush()
+    return file
 
 
 # -------------------------------------------------------------------------------------------------- generators

@@ -472,7 +472,7 @@ def draw(row, path, x):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for panel, quantity in zip(panels, ("Training loss", "Test error (%)"), strict=True):
@@ -483,7 +483,9 @@ def draw(row, path, x):
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = panels[0].get_ylim()
+    # 1, 2 and 5 of each decade, or round numbers where the range is too short to hold enough of them.
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(5))
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_formatter(NullFormatter())  # or a short range would be labelled 6 x 10^-1
     panels[0].plot([], [], color=DROP, linestyle=":", label="learning rates drop")

@@ -11,10 +11,11 @@ from hashlib import md5
 import cv2
 import numpy as np
 import pytest
+import scipy.io
 import torch
 
 import data
-from data import EpochPlan, TrainBatches, eval_batches, load_data
+from data import EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from utils import UserError
 
 
@@ -310,6 +311,67 @@ class TestCifar:
             load_data("CIFAR10", tmp_path / "file")
 
 
+SVHN_SIZES = {"train": 11, "test": 5, "extra": 23}
+
+
+def write_svhn(root, monkeypatch):
+    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns what it wrote."""
+    from torchvision.datasets import SVHN
+
+    generator = np.random.default_rng(0)
+    content, split_list = {}, {}
+    for split, (url, filename, _) in SVHN.split_list.items():
+        images = generator.integers(0, 256, (32, 32, 3, SVHN_SIZES[split]), dtype=np.uint8)
+        labels = np.resize(np.arange(10, 0, -1, dtype=np.uint8), (SVHN_SIZES[split], 1))  # 10 is the digit 0
+        scipy.io.savemat(root / filename, {"X": images, "y": labels}, do_compression=True)
+        split_list[split] = [url, filename, md5((root / filename).read_bytes()).hexdigest()]
+        content[split] = images, labels
+    monkeypatch.setattr(SVHN, "split_list", split_list)
+    return content
+
+
+@pytest.mark.usefixtures("no_network")
+class TestSvhn:
+    def test_reads_the_real_format_with_extra_behind_train(self, tmp_path, monkeypatch):
+        content = write_svhn(tmp_path, monkeypatch)
+        loaded = load_data("SVHN", tmp_path)
+        for images, labels, splits in (
+            (loaded.train_images, loaded.train_labels, ("train", "extra")),
+            (loaded.test_images, loaded.test_labels, ("test",)),
+        ):
+            assert images.flags.c_contiguous
+            assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
+            # In the file a picture is X[:, :, :, i] and the digit 0 has the label 10.
+            pairs = [(content[split], i) for split in splits for i in range(SVHN_SIZES[split])]
+            assert len(images) == len(labels) == len(pairs)
+            for image, label, ((x, y), i) in zip(images, labels, pairs, strict=True):
+                assert np.array_equal(image, x[:, :, :, i])
+                assert label == y[i, 0] % 10
+        assert loaded.name == "SVHN"
+        assert loaded.classes == tuple("0123456789")
+        assert not loaded.flip
+        assert (loaded.mean, loaded.std) == ((0, 0, 0), (255, 255, 255))
+
+    @pytest.mark.parametrize("split", ["train", "test", "extra"])
+    @pytest.mark.parametrize("missing", [True, False])
+    def test_a_missing_or_corrupt_file_is_one_sentence_that_says_what_to_do(
+        self, split, missing, tmp_path, monkeypatch
+    ):
+        write_svhn(tmp_path, monkeypatch)
+        file = tmp_path / f"{split}_32x32.mat"
+        if missing:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError) as caught:
+            load_data("SVHN", tmp_path)
+        message = str(caught.value)
+        problem = f"SVHN is not in {tmp_path} and" if missing else f"{file} is incomplete, corrupt"
+        for part in (problem, "name resolution", f"place {file.name} from http", "--dataset digits"):
+            assert part in message
+        assert "\n" not in message
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_data("digits", "unused")
@@ -357,6 +419,45 @@ def test_sha256_depends_on_every_array_and_its_shape(digits):
         digests.add(replace(digits, **{field: changed}).sha256)
     digests.add(replace(digits, train_images=digits.train_images.reshape(1437, 16, 64, 3)).sha256)
     assert len(digests) == 6
+
+
+class TestHoldOut:
+    @staticmethod
+    def pictures(images):
+        return sorted(image.tobytes() for image in images)
+
+    @pytest.mark.parametrize("count", [20, 143, 360, 1417])
+    def test_splits_the_training_set_by_class_and_leaves_the_test_set_out(self, digits, count):
+        held = hold_out(digits, count)
+        assert (len(held.train_labels), len(held.test_labels)) == (1437 - count, count)
+        both = np.concatenate([held.train_images, held.test_images])
+        assert self.pictures(both) == self.pictures(digits.train_images)
+        # Every picture kept its label: digits has no picture twice.
+        label_of = {x.tobytes(): y for x, y in zip(digits.train_images, digits.train_labels, strict=True)}
+        assert len(label_of) == 1437
+        for images, labels in ((held.train_images, held.train_labels), (held.test_images, held.test_labels)):
+            assert [label_of[image.tobytes()] for image in images] == labels.tolist()
+        share = np.bincount(digits.train_labels) * count / 1437
+        assert (np.abs(np.bincount(held.test_labels) - share) < 1).all()
+        assert (held.mean, held.std, held.name, held.flip) == (digits.mean, digits.std, digits.name, digits.flip)
+
+    def test_depends_on_the_count_and_its_own_seed_only(self, digits):
+        first = hold_out(digits, 100)
+        np.random.seed(5)  # noqa: NPY002 -- the choice must not read numpy's global generator
+        torch.manual_seed(5)
+        assert hold_out(digits, 100).sha256 == first.sha256
+        others = {digits.sha256, hold_out(digits, 101).sha256, hold_out(digits, 100, seed=1).sha256}
+        assert len(others | {first.sha256}) == 4
+
+    @pytest.mark.parametrize("count", [-1, 0, 1437, 2000])
+    def test_a_count_that_does_not_fit_is_an_error_with_both_numbers(self, digits, count):
+        with pytest.raises(UserError, match=f"--holdout {count} .*1437"):
+            hold_out(digits, count)
+
+    @pytest.mark.parametrize(("count", "use"), [(9, "choose on"), (1428, "train on")])
+    def test_a_part_without_a_class_is_an_error(self, digits, count, use):
+        with pytest.raises(UserError, match=rf"--holdout {count} leaves no picture to {use} of the classes: \d"):
+            hold_out(digits, count)
 
 
 RED, GREEN = (200, 10, 10), (20, 180, 30)  # RGB
@@ -466,5 +567,5 @@ class TestFolder:
 
 
 def test_an_unknown_data_set_is_an_error():
-    with pytest.raises(UserError, match=r"MNIST.*CIFAR10, CIFAR100, digits, folder"):
+    with pytest.raises(UserError, match=r"MNIST.*CIFAR10, CIFAR100, SVHN, digits, folder"):
         load_data("MNIST", "data")

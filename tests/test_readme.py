@@ -64,12 +64,14 @@ def test_default_of_each_flag():
                 assert type(default)(said) == default, name
 
 
-def test_the_papers_values():
-    head = next(i for i, row in enumerate(TABLE_ROWS) if row == ["flag", "SGD", "SGDG", "AdamG"])
-    table = {row[0].strip("`"): row[1:] for row in TABLE_ROWS[head + 2 :] if len(row) == 4 and row[0].startswith("`--")}
+@pytest.mark.parametrize(("number", "dataset"), [(0, "CIFAR10"), (1, "SVHN")])
+def test_the_papers_values(number, dataset):
+    heads = [i for i, row in enumerate(TABLE_ROWS) if row == ["flag", "SGD", "SGDG", "AdamG"]]
+    values = len(main.paper_values("resnet", dataset, "SGD"))
+    table = {row[0].strip("`"): row[1:] for row in TABLE_ROWS[heads[number] + 2 :][:values]}
     dests = {actions()[flag].dest: flag for flag in table}
-    for column, method in enumerate(TABLE_ROWS[head][1:]):
-        expected = main.paper_values("resnet", "CIFAR10", method)
+    for column, method in enumerate(("SGD", "SGDG", "AdamG")):
+        expected = main.paper_values("resnet", dataset, method)
         assert dests.keys() == expected.keys()
         for dest, value in expected.items():
             said = table[dests[dest]][column]

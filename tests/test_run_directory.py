@@ -171,7 +171,7 @@ class TestCheckpoint:
     def test_its_directory_has_nothing_left_over(self, finished):
         for save, _ in finished.values():
             names = {re.sub(r"^events.*", "events", path.name) for path in save.iterdir()}
-            assert names == {"config.json", "log.txt", "checkpoint.pt", "events"}
+            assert names == {"config.json", "log.txt", "checkpoint.pt", "lock", "events"}
 
     @pytest.mark.parametrize("method", METHODS)
     def test_the_same_command_twice_gives_the_same_bits(self, tiny, finished, tmp_path, method):
@@ -192,7 +192,13 @@ class TestCheckpoint:
         for source in (save, save / "checkpoint.pt"):
             evaluated = call("--eval", "--resume", source)
             assert (evaluated.code, evaluated.err) == (0, "")
-            assert f"test loss {loss}, error {error}%" in evaluated.out
+            assert f"loss {loss}, top-1 error {error}%, top-5 error 0.00%" in evaluated.out
+            assert re.findall(r"^  (class\d) +6 pictures  error +[\d.]+%$", evaluated.out, re.M) == [
+                "class0",
+                "class1",
+                "class2",
+            ]
+            assert max(map(len, evaluated.out.splitlines())) <= 80
         assert contents(save) == before
 
     @pytest.mark.parametrize("method", METHODS)

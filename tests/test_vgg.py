@@ -1,0 +1,151 @@
+"""The networks are the paper's: parameters, names, shapes, batch normalization without a scale behind every layer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from grassmann_optimizer import grassmann_param_groups, scale_invariance
+from vgg import VGG
+
+DEPTHS = (11, 13, 16, 19)
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters", "convolutions"),
+    [(11, 9_750_922, 8), (13, 9_935_434, 10), (16, 15_245_130, 13), (19, 20_554_826, 16)],
+)
+def test_parameters_and_layers_on_the_manifold(depth, parameters, convolutions):
+    model = VGG(depth, 10)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == convolutions
+    group = grassmann_param_groups(model, lr=0.01, lrg=0.2)[0]
+    assert group["name"] == "on G(1,n)"
+    # All but the first, whose 64 rows of 27 elements cannot be orthogonal.
+    assert len(group["params"]) == convolutions - 1
+    by_name = [p for name, p in model.named_parameters() if "conv" in name and p.shape[0] < p[0].numel()]
+    assert {*map(id, by_name)} == {*map(id, group["params"])}
+
+
+@pytest.mark.parametrize("depth", [0, 12, -11, 32])
+def test_another_depth_names_the_four(depth):
+    with pytest.raises(ValueError, match=f"11, 13, 16 or 19, got {depth}"):
+        VGG(depth, 10)
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1])
+def test_a_bad_dropout_is_named(dropout):
+    with pytest.raises(ValueError, match=f"dropout .* got {dropout}"):
+        VGG(11, 10, dropout)
+
+
+@torch.no_grad()
+def test_shapes_and_memory_format():
+    model = VGG(11, 7).to(memory_format=torch.channels_last)
+    sizes = []
+
+    def record(module, args, out):
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        sizes.append(tuple(out.shape[1:]))
+
+    for group in (model.group0, model.group1, model.group2, model.group3, model.group4):
+        group.register_forward_hook(record)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    assert model(x).shape == (2, 7)
+    assert sizes == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512, 1, 1)]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_batch_normalization_has_a_shift_but_no_scale(depth):
+    model = VGG(depth, 10)
+    names = {name for name, _ in model.named_parameters()}
+    layers = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    assert names == {f"{layer}.weight" for layer in layers} | {
+        "fc.bias",
+        *(f"{layer.replace('conv', 'bn').replace('fc', 'bn')}.bias" for layer in layers - {"fc"}),
+    }
+    assert len(norms(model)) == depth - 1
+    assert not any("bn" in key and key.endswith("weight") for key in model.state_dict())
+
+
+def test_the_scale_stays_one_and_the_shift_is_trained_saved_and_loaded():
+    torch.manual_seed(0)
+    model = VGG(11, 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    optimizer.step()
+    for bn in norms(model):
+        assert (bn.weight == 1).all()
+        assert bn.bias.count_nonzero() > 0.9 * bn.bias.numel()
+    loaded = VGG(11, 10).eval()
+    loaded.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_batch_normalization_computes_what_torchs_own_does_with_a_scale_of_one():
+    bn = norms(VGG(11, 10))[0]
+    nn.init.normal_(bn.bias)
+    reference = nn.BatchNorm2d(64)
+    reference.load_state_dict({**bn.state_dict(), "weight": torch.ones(64)})
+    x = torch.randn(4, 64, 5, 5)
+    for mode in (True, False):
+        assert torch.equal(bn.train(mode)(x), reference.train(mode)(x))
+
+
+def test_can_be_compiled():
+    torch.manual_seed(0)
+    model = VGG(11, 10)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_initial_weights_are_he_normal_and_biases_zero():
+    torch.manual_seed(0)
+    for name, p in VGG(11, 100).named_parameters():
+        if p.ndim >= 2:
+            assert p.std().item() == pytest.approx((2 / p[0].numel()) ** 0.5, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * p.std().item(), name
+        else:
+            assert (p == 0).all(), name
+
+
+@torch.no_grad()
+def test_dropout_sits_behind_the_pools_and_acts_only_in_training():
+    torch.manual_seed(0)
+    model = VGG(13, 10, dropout=0.5)
+    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    assert dropouts == [f"group{i}.dropout" for i in range(5)]
+    pooled, dropped = {}, {}
+    for i in range(5):
+        group = model.get_submodule(f"group{i}")
+        group.pool.register_forward_hook(lambda module, args, out, i=i: pooled.update({i: out.clone()}))
+        group.register_forward_hook(lambda module, args, out, i=i: dropped.update({i: out.clone()}))
+    x = torch.randn(8, 3, 32, 32)
+    model.train()(x)
+    for i in range(5):
+        kept = dropped[i] != 0
+        assert torch.equal(dropped[i][kept], 2 * pooled[i][kept])
+        assert 0.4 < kept[pooled[i] > 0].float().mean() < 0.6
+    first = model.eval()(x)
+    assert all(torch.equal(pooled[i], dropped[i]) for i in range(5))
+    assert torch.equal(model(x), first)
+    assert not any(isinstance(module, nn.Dropout) for module in VGG(13, 10).modules())
+
+
+@pytest.mark.parametrize(("depth", "dropout"), [(11, 0.0), (13, 0.3)])
+def test_every_weight_but_the_classifiers_is_scale_invariant(depth, dropout):
+    torch.manual_seed(0)
+    model = VGG(depth, 10, dropout)
+    x, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    found = {m.name: m.invariant for m in scale_invariance(model, lambda net: cross_entropy(net(x), labels))}
+    assert len(found) == depth
+    assert {name for name, invariant in found.items() if not invariant} == {"fc.weight"}
