@@ -19,7 +19,6 @@ This file needs nothing but torch and can be copied into any project.
 import difflib
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +50,9 @@ def unit(v: Tensor) -> tuple[Tensor, Tensor]:
 
 def project(y: Tensor, g: Tensor) -> Tensor:
     """Gradient on G(1, n) from the Euclidean one: h = g - (y'g) y (Eq. 6). y, g: (..., rows, n), rows of y unit."""
-    return g - (y * g).sum(-1, keepdim=True) * y
+    for _ in range(2):  # again: where g is nearly parallel to y, rounding leaves a part along y the first time
+        g = g - (y * g).sum(-1, keepdim=True) * y
+    return g
 
 
 def clip_by_norm(h: Tensor, nu: float) -> Tensor:
@@ -179,7 +180,7 @@ def _advance(
     """`sgdg_update` (v is None) or `adamg_update` without regularizer, in place on y, m and v, block by block of rows.
 
     Args:
-        y, g, m: (rows, n) of one floating-point type, |y| above 1e-18 or 0. v: (rows, 1). g is read only.
+        y, g, m: (rows, n) of one floating-point type. v: (rows, 1). g is read only.
     """
     size = max(1, _BLOCK // y.shape[1])
     scratch = torch.empty_like(y[:size], memory_format=torch.contiguous_format)
@@ -189,10 +190,15 @@ def _advance(
 
 
 def _advance_block(y, g, m, v, h, minus_rate, decay, beta2, epsilon, grad_clip) -> None:
-    inverse = torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_(min=1e-18).reciprocal_()
+    inverse = _norms(y, least=1e-15).clamp_(min=1e-30).reciprocal_()
     along = torch.mul(y, g, out=h).sum(1, keepdim=True).mul_(inverse)
-    torch.addcmul(g, y, along.mul_(inverse), value=-1, out=h)
+    torch.addcmul(g, y, along * inverse, value=-1, out=h)
     h_norm = _norms(h)
+    # As in `project`, a second time; on the CPU, where a look at the host is cheap, only if it matters.
+    if h.device.type != "cpu" or (along.abs_() > 8 * h_norm).any():
+        along = (y * h).sum(1, keepdim=True).mul_(inverse)
+        h.addcmul_(y, along.mul_(inverse), value=-1)
+        h_norm = _norms(h)
     shorten = torch.ones_like(h_norm) if grad_clip is None else grad_clip / h_norm.clamp(min=grad_clip)
     if v is None:
         m.mul_(decay).addcmul_(h, shorten.mul_(minus_rate))
@@ -210,25 +216,24 @@ def _advance_block(y, g, m, v, h, minus_rate, decay, beta2, epsilon, grad_clip) 
     m.mul_(cos).sub_(h)
 
 
-def _norms(x: Tensor) -> Tensor:
-    """|x| row by row, (rows, 1); where the squares overflow, by `unit`, which scales first."""
+def _norms(x: Tensor, least: float = 0.0) -> Tensor:
+    """|x| row by row, (rows, 1), also where float32 squares overflow or, below `least`, underflow."""
+    if x.dtype == torch.float32 and x.device.type != "cpu":  # float64 sums cost nothing there; a look would wait
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    # Reading the largest costs little on the CPU; elsewhere it would wait for the device.
-    return norms if norms.device.type == "cpu" and norms.max().item() < 1e18 else unit(x)[1]
+    low, high = norms.aminmax()
+    return norms if high.item() < 1e18 and low.item() >= least else unit(x)[1]
 
 
-def _add_regularizer(y: Tensor, g: Tensor, omega: float, out: Tensor | None = None) -> Tensor:
+def _add_regularizer(y: Tensor, g: Tensor, omega: float) -> Tensor:
     """g + omega * orthogonality_gradient(y), in one buffer of the layer's size; makes the rows of y unit, in place."""
-    y.div_(torch.where((norms := _norms(y)) > 0, norms, 1))
+    y.div_(_norms(y, least=1e-15).clamp_(min=1e-30))
     gram = y @ y.mT
     gram.diagonal().sub_(1)
-    return torch.addmm(g, gram, y, alpha=2 * omega, out=out)
+    return torch.addmm(g, gram, y, alpha=2 * omega)
 
 
-# Triton comes with torch where there is a GPU; without one (or its interpreter) it would only cost time to import.
-_HAS_TRITON = (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1") and bool(
-    importlib.util.find_spec("triton")
-)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch where there is a GPU
 
 if _HAS_TRITON:
     import triton
@@ -241,19 +246,19 @@ if _HAS_TRITON:
         return tl.sum(x * x, 0)
 
     @triton.jit
-    def _moments(h_norm, v_at, rate, decay, beta2, epsilon, grad_clip, ADAM: tl.constexpr, CLIP: tl.constexpr):
+    def _moments(h_norm, v_at, rate, gain, beta2, rest2, epsilon, grad_clip, ADAM: tl.constexpr, CLIP: tl.constexpr):
         """gain and s of a row; updates its v."""
         shorten = 1.0
         if CLIP:
             shorten = grad_clip / tl.maximum(h_norm, grad_clip)
-        gain = -rate * shorten
+        factor = -rate * shorten
         scale = 1.0
         if ADAM:
-            v = beta2 * tl.load(v_at) + (1 - beta2) * (h_norm * shorten) * (h_norm * shorten)
+            v = beta2 * tl.load(v_at) + rest2 * (h_norm * shorten) * (h_norm * shorten)
             tl.store(v_at, v)
-            gain = (1 - decay) * shorten
+            factor = gain * shorten
             scale = -rate / tl.sqrt(v + epsilon)
-        return gain, scale
+        return factor, scale
 
     @triton.jit
     def _turn(m_norm, scale):
@@ -264,11 +269,10 @@ if _HAS_TRITON:
 
     @triton.jit
     def _advance_kernel(
-        table, layer_of_row, rates, decay, beta2, epsilon, grad_clip,
-        ADAM: tl.constexpr, CLIP: tl.constexpr, WHOLE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        table, layer_of_row, rates, decay, gain, beta2, rest2, epsilon, grad_clip,
+        ADAM: tl.constexpr, CLIP: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """`_advance_block` for one row of one layer: in registers if WHOLE, else in four passes over blocks of it.
+        """`_advance_block` for one row of one layer: in registers if WHOLE, else in passes over blocks of it.
 
         table: (layers, 6) int64: addresses of y, g, m and v, n, and how many rows come before the layer's.
         """
@@ -290,9 +294,10 @@ if _HAS_TRITON:
             y_norm = tl.sqrt(_square(y)).to(tl.float32)
             y = y / tl.where(y_norm > 0, y_norm, 1.0)
             h = g - tl.sum(y * g, 0) * y
+            h = h - tl.sum(y * h, 0) * y
             h_norm = tl.sqrt(_square(h)).to(tl.float32)
-            gain, scale = _moments(h_norm, v_at, rate, decay, beta2, epsilon, grad_clip, ADAM, CLIP)
-            m = decay * m + gain * h
+            factor, scale = _moments(h_norm, v_at, rate, gain, beta2, rest2, epsilon, grad_clip, ADAM, CLIP)
+            m = decay * m + factor * h
             m_norm = tl.sqrt(_square(m)).to(tl.float32)
             cos, to_y, to_m = _turn(m_norm, scale)
             tl.store(y_at + columns, y * cos + m * to_y, inside)
@@ -310,19 +315,24 @@ if _HAS_TRITON:
                 inside = start + columns < n
                 y = tl.load(y_at + start + columns, inside, 0.0) / y_norm
                 along += tl.sum(y * tl.load(g_at + start + columns, inside, 0.0), 0)
+            again = tl.zeros((), tl.float32)
+            for start in range(0, n, BLOCK):
+                inside = start + columns < n
+                y = tl.load(y_at + start + columns, inside, 0.0) / y_norm
+                again += tl.sum(y * (tl.load(g_at + start + columns, inside, 0.0) - along * y), 0)
             h_square = zero
             for start in range(0, n, BLOCK):
                 inside = start + columns < n
                 y = tl.load(y_at + start + columns, inside, 0.0) / y_norm
-                h_square += _square(tl.load(g_at + start + columns, inside, 0.0) - along * y)
+                h_square += _square(tl.load(g_at + start + columns, inside, 0.0) - along * y - again * y)
             h_norm = tl.sqrt(h_square).to(tl.float32)
-            gain, scale = _moments(h_norm, v_at, rate, decay, beta2, epsilon, grad_clip, ADAM, CLIP)
+            factor, scale = _moments(h_norm, v_at, rate, gain, beta2, rest2, epsilon, grad_clip, ADAM, CLIP)
             m_square = zero
             for start in range(0, n, BLOCK):
                 inside = start + columns < n
                 y = tl.load(y_at + start + columns, inside, 0.0) / y_norm
-                h = tl.load(g_at + start + columns, inside, 0.0) - along * y
-                m = decay * tl.load(m_at + start + columns, inside, 0.0) + gain * h
+                h = tl.load(g_at + start + columns, inside, 0.0) - along * y - again * y
+                m = decay * tl.load(m_at + start + columns, inside, 0.0) + factor * h
                 m_square += _square(m)
                 tl.store(m_at + start + columns, m, inside)
             m_norm = tl.sqrt(m_square).to(tl.float32)
@@ -357,13 +367,14 @@ def _advance_all(
     longest = max(y.shape[1] for y, *_ in layers)
     size = min(block, 1 << (longest - 1).bit_length())
     _advance_kernel[(len(layer_of_row),)](  # pyright: ignore[reportPossiblyUnbound]
-        table, layer_of_row, rates, decay, beta2, epsilon, grad_clip or 0.0,
+        table, layer_of_row, rates,
+        float(decay), 1.0 - decay, float(beta2), 1.0 - beta2, float(epsilon), float(grad_clip or 0),
         ADAM=layers[0][3] is not None, CLIP=grad_clip is not None, WHOLE=longest <= size,
         BLOCK=size, num_warps=max(1, min(16, size // 512)),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 
-def _host_table(layers: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], pin: bool = True) -> tuple[Tensor, Tensor]:
+def _host_table(layers: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], pin: bool) -> tuple[Tensor, Tensor]:
     """The kernel's table (layers, 6) int64 and layer of each row (rows,) int32, on the host."""
     rows = [len(y) for y, *_ in layers]
     before = [sum(rows[:i]) for i in range(len(rows))]
@@ -396,6 +407,13 @@ def _storage_order(weight: Tensor) -> list[int]:
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
+def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
+    buffer = state.get("momentum_buffer")
+    alike = [t for t in (_grad(p), p if buffer is None else buffer) if t.stride() == p.stride() and t.dtype == p.dtype]
+    dense = torch.empty_like(p, device="meta").stride() == p.stride()  # so zeros_like is stored as p is
+    return p.is_cuda and p.is_floating_point() and dense and len(alike) == 2
+
+
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None  # parameters without one are left out before
     return p.grad
@@ -413,13 +431,15 @@ class _GrassmannOptimizer(Optimizer):
     """What SGDG and AdamG share: groups and their validation, choice of a path, torch's SGD for other groups."""
 
     def __init__(self, params, defaults: dict):
-        self._tables: dict = {}
+        self._tables: dict = {}  # see `_address_table`
+        self._captured: list = []
         _check_options(defaults, known=list(defaults))
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._tables = {}
+        self.__dict__.setdefault("_tables", {})  # neither copied nor pickled
+        self.__dict__.setdefault("_captured", [])
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight without rows on G(1, n)."""
@@ -472,34 +492,40 @@ class _GrassmannOptimizer(Optimizer):
         for p in params:
             if p.numel():
                 alike.setdefault((p.device, p.dtype), []).append(p)
-                if not self.state[p]:
-                    self._init_state(p, self.state[p])
+                self._init_state(p, self.state[p])
         options = {name: group[name] for name in ("grad_clip", "beta2", "epsilon") if name in group}
         options["decay"] = group["momentum"]
         for (device, dtype), some in alike.items():
-            rates = self._rates(some, group)
-            if _HAS_TRITON and device.type == "cuda" and dtype == torch.float32:
-                layers = [self._layer(p, group) for p in some]
-                with torch.cuda.device(device):
-                    _advance_all(layers, rates, *self._address_table(layers), **options)
-                for p, layer in zip(some, layers, strict=True):
-                    self._put_back(p, layer)
-            else:
-                for p, rate in zip(some, rates, strict=True):
-                    layer = self._layer(p, group)
-                    _advance(*layer, rate, **options)
-                    self._put_back(p, layer)
-                    del layer  # before the next one's buffer is made
+            with torch.autocast(device.type, enabled=False):
+                rates = self._rates(some, group)
+                if self._has_kernel(device) and dtype == torch.float32:
+                    layers = [self._layer(p, group) for p in some]
+                    with torch.cuda.device_of(some[0]):
+                        _advance_all(layers, rates, *self._address_table(layers, id(group)), **options)
+                    for p, layer in zip(some, layers, strict=True):
+                        self._put_back(p, layer)
+                else:
+                    for p, rate in zip(some, rates, strict=True):
+                        layer = self._layer(p, group)
+                        _advance(*layer, rate, **options)
+                        self._put_back(p, layer)
+                        del layer  # before the next one's buffer is made
+
+    @staticmethod
+    def _has_kernel(device: torch.device) -> bool:
+        return _HAS_TRITON and device.type == "cuda"
 
     def _init_state(self, p: Tensor, state: dict) -> None:
-        state["momentum_buffer"] = torch.zeros_like(p, dtype=_arithmetic(p))
+        """Fill in what the state of a weight on G(1, n) lacks."""
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=_arithmetic(p))
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         """`_advance`'s rate for each weight: (weights,), on their device."""
         like = {"dtype": _arithmetic(params[0]), "device": params[0].device}
         lr = group["lr"]
         lr = lr.to(**like, non_blocking=True) if isinstance(lr, Tensor) else torch.full((), lr, **like)
-        return lr.expand(len(params))
+        return lr.reshape(()).repeat(len(params))
 
     def _layer(self, p: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """y, g (with the regularizer's part), m and v of a weight as contiguous rows: views where possible."""
@@ -509,7 +535,8 @@ class _GrassmannOptimizer(Optimizer):
             g = -g
         if group["omega"]:
             g = _add_regularizer(y, g, group["omega"])
-        return y, g, _rows(state["momentum_buffer"], p).contiguous(), state.get("second_moment")
+        m = _rows(state["momentum_buffer"], p).to(dtype).contiguous()
+        return y, g, m, state.get("second_moment")
 
     def _put_back(self, p: Tensor, layer: tuple) -> None:
         """Write y and m where `_layer` had to copy them."""
@@ -517,26 +544,32 @@ class _GrassmannOptimizer(Optimizer):
             if rows.data_ptr() != t.data_ptr():
                 _write_rows(t, p, rows)
 
-    def _address_table(self, layers: list) -> tuple[Tensor, Tensor]:
-        """`_advance_all`'s table on the device, made anew only where an address has changed."""
-        key = tuple(0 if t is None else t.data_ptr() for layer in layers for t in layer)
-        if key not in self._tables:
-            capturing = torch.cuda.is_current_stream_capturing()
-            if not capturing:  # keep those of CUDA graphs: each replay copies from the host's table again
-                self._tables = {k: entry for k, entry in self._tables.items() if entry[0]}
-            host = _host_table(layers)
-            self._tables[key] = capturing, host, [t.to(layers[0][0].device, non_blocking=True) for t in host]
-        return self._tables[key][2]
+    def _address_table(self, layers: list, group: int) -> list[Tensor]:
+        """`_advance_all`'s table on the device, made anew only where an address or shape has changed."""
+        device = layers[0][0].device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # Each replay of the graph copies from the host's table again: both belong to the graph alone, for good.
+            host = _host_table(layers, pin=True)
+            self._captured.append((host, [t.to(device, non_blocking=True) for t in host]))
+            return self._captured[-1][1]
+        key = [(t.shape, t.data_ptr()) for layer in layers for t in layer if t is not None]
+        if self._tables.get((group, device), (None,))[0] != key:
+            host = _host_table(layers, pin=device.type == "cuda")
+            self._tables[group, device] = key, [t.to(device, non_blocking=True) for t in host]
+        return self._tables[group, device][1]
 
     def _step_sgd(self, params: list[Tensor], group: dict) -> None:
         states = [self.state[p] for p in params]
         sparse = any(_grad(p).is_sparse for p in params)
-        # Fused where it is one launch. A buffer of zeros beforehand is torch's first step if nothing is dampened, and
-        # lets a CUDA graph hold the step.
-        fused = bool(params) and not sparse and not group["dampening"] and all(p.is_cuda for p in params)
-        if fused and group["momentum"]:
+        # Fused where it is one launch: on a GPU, for tensors stored alike. A buffer of zeros beforehand is torch's
+        # first step if nothing is dampened, and lets a CUDA graph hold the step.
+        fused = bool(params) and not sparse and not group["dampening"] and all(map(_suits_fused_sgd, params, states))
+        lr = group["lr"]
+        if fused:
+            lr = lr.to(params[0].device, torch.float32, non_blocking=True) if isinstance(lr, Tensor) else lr
             for p, state in zip(params, states, strict=True):
-                state.setdefault("momentum_buffer", torch.zeros_like(p))
+                if group["momentum"] and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(p)
         buffers = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
@@ -547,7 +580,7 @@ class _GrassmannOptimizer(Optimizer):
             fused=fused,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            lr=group["lr"],
+            lr=lr,
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
@@ -623,6 +656,7 @@ class AdamG(_GrassmannOptimizer):
         epsilon: added to the second moment before the root is taken; positive.
 
     State on G(1, n): `momentum_buffer` (m, shaped as the weight), `second_moment` (v, (rows, 1)), `step` (0-dim).
+    Without clipping, a gradient beyond 1e19 makes a row's second moment infinite in float32: the row then stays put.
     """
 
     def __init__(
@@ -660,8 +694,9 @@ class AdamG(_GrassmannOptimizer):
 
     def _init_state(self, p: Tensor, state: dict) -> None:
         super()._init_state(p, state)
-        state["second_moment"] = torch.zeros(p.shape[0], 1, dtype=_arithmetic(p), device=p.device)
-        state["step"] = torch.zeros((), device=p.device)
+        if "step" not in state:
+            state["second_moment"] = torch.zeros(p.shape[0], 1, dtype=_arithmetic(p), device=p.device)
+            state["step"] = torch.zeros((), device=p.device)
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         steps = [self.state[p]["step"] for p in params]
@@ -673,12 +708,13 @@ class AdamG(_GrassmannOptimizer):
 
 def _check_options(group: dict, known: list[str]) -> None:
     for key in group.keys() - set(known):
-        # 0.81: max_momentum, which schedulers write into groups, is a name of its own.
-        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.81):
+        if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in known):
+            continue  # a name of its own, such as a scheduler's initial_lr or max_momentum
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.79):
             raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Invalid lr value: {group['lr']} (a tensor must be 1-element)")
-    for name in ("lr", "momentum", "weight_decay", "omega", "dampening"):
+    for name in ("lr", "momentum", "weight_decay", "omega"):
         if group[name] < 0:
             raise ValueError(f"Invalid {name} value: {group[name]} (must not be negative)")
     if group["grad_clip"] is not None and not group["grad_clip"] > 0:
@@ -773,7 +809,7 @@ def grassmann_param_groups(
                 continue
             name = names.pop(p)  # tied: sorted where it is met first
             is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and local_name == "weight"
-            undercomplete = p.ndim > 1 and p.shape[0] < p[0].numel()
+            undercomplete = p.ndim > 1 and p.shape[0] < p.shape[1:].numel()
             if p.ndim < 2:
                 groups["bn/bias"].append(p)
             elif name in invariant or (loss_fn is None and is_conv and undercomplete):
@@ -811,7 +847,8 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
 
     If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler's theorem for functions
     homogeneous of degree 0). One forward and backward pass in training mode tells: cos(w, g) is then rounding error and
-    what a normalization's eps leaves, else as large as chance gives.
+    what a normalization's eps leaves, else as large as chance gives. (So weights whose outputs vary by little more than
+    eps are not invariant, and are not found to be.)
 
     Args:
         model: any module. Its buffers, gradients and modes, and torch's generators, are left as they were.
@@ -821,9 +858,12 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
         one entry for each trainable weight with two or more dimensions and rows of at least two elements, as in
         `model.named_parameters()`.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and p[0].numel() > 1]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+    named = [(name, p) for name, p in named if p.numel() and p.shape[1:].numel() > 1]
+    if not named:
+        return []
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
@@ -832,13 +872,14 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
     finally:
         for module, training in modes:
             module.training = training
-        for buffer, before in buffers:
+        for module, name, buffer, before in buffers:
+            setattr(module, name, buffer)  # forward may have put another one in its place
             buffer.copy_(before)
     return [_measure_cosine(name, p.detach(), g) for (name, p), g in zip(named, gradients, strict=True)]
 
 
 def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
-    rows, n = w.shape[0], w[0].numel()
+    rows, n = w.shape[0], w.shape[1:].numel()
     w = w.flatten(1).double()
     g = torch.zeros_like(w) if g is None else g.flatten(1).double()
     active = (w != 0).any(1) & (g != 0).any(1)

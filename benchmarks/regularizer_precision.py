@@ -4,8 +4,8 @@
 
 For random unit rows, and for rows that the regularizer itself has made nearly orthogonal, the gradient 2 (Y Y' - I) Y,
 projected onto the tangent spaces, is compared with float64: |error| / |gradient|, over all rows. "tf32" and "bfloat16"
-round both operands of a product to that type and accumulate in float32, as a GPU does under
-torch.set_float32_matmul_precision("high") and ("medium"); "I afterwards" is the other order, 2 (Y Y' Y - Y).
+round both operands of a product to that type and accumulate in float32, as the hardware does; "I afterwards" is the
+other order, 2 (Y Y' Y - Y).
 """
 
 import argparse

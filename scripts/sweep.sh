@@ -24,7 +24,8 @@ read_list() {
 
 read_settings() {
     local model list
-    read_list MODELS "$models" "networks such as vgg-13 or wrn-28-10" 'vgg-(11|13|16|19)|wrn-[1-9][0-9]{0,3}-[1-9][0-9]{0,3}'
+    read_list MODELS "$models" "networks such as vgg-13 or wrn-28-10" \
+        'vgg-(11|13|16|19)|wrn-[1-9][0-9]{0,3}-[1-9][0-9]{0,3}'
     model_list=("${list[@]}")
     for model in "${model_list[@]}"; do
         IFS=- read -r _ depth width <<<"$model"
@@ -84,14 +85,15 @@ model_flags() { # MODEL
 }
 
 make_cells() { # the arrays `directories` and `commands`, seed by seed, so that a table fills evenly
-    local seed dataset model method directory start rest
+    local seed dataset model method directory start cell rest
     start=$(quoted "$python" main.py)
     rest=$(quoted --epochs "$epochs" --epoch_step "$(epoch_step)" --resume auto "${flags[@]}")
     for seed in "${seed_list[@]}"; do for dataset in "${dataset_list[@]}"; do
         for model in "${model_list[@]}"; do for method in "${method_list[@]}"; do
             directory=logs/$table/$dataset/$model/$method/seed$seed
             directories+=("$directory")
-            commands+=("$start $(model_flags "$model") --dataset $dataset --optim_method $method --seed $seed --save $directory $rest")
+            cell="$(model_flags "$model") --dataset $dataset --optim_method $method --seed $seed --save $directory"
+            commands+=("$start $cell $rest")
         done; done
     done; done
 }

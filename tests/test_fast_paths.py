@@ -222,3 +222,84 @@ def test_compiled_training_steps_are_the_eager_ones(Optimizer, omega):
     for eager, compiled in zip(train(False), train(True), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+
+
+@BOTH
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monkeypatch):
+    """Weight, state, table and kernel together, for weights stored in different ways and a learning rate per group."""
+
+    def train(kernel):
+        torch.manual_seed(0)
+        shapes = [(4, 3, 3, 3), (8, 4, 3, 3), (6, 20)]
+        params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+        params[1].data = params[1].data.to(memory_format=torch.channels_last)
+        params.append(nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2]))  # not dense: worked on as a copy
+        monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+        groups = [{"params": params[:3], "lr": 0.2}, {"params": params[3:], "lr": 0.1}]
+        optimizer = Optimizer(groups, momentum=0.9, grassmann=True, omega=omega, grad_clip=0.1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, device=DEVICE)
+            optimizer.step()
+        return [*params, *(optimizer.state[p]["momentum_buffer"] for p in params)]
+
+    for by_kernel, in_blocks in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(by_kernel, in_blocks, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kernel, ratio, monkeypatch):
+    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    torch.manual_seed(0)
+    p = nn.Parameter(unit(torch.randn(5, 60, device=DEVICE))[0])
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1)
+    for _ in range(20):
+        p.grad = torch.randn_like(p) + ratio * p.detach()
+        optimizer.step()
+        assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+@pytest.mark.parametrize("length", [1e-25, 1e-19, 1e19, 1e25])
+def test_rows_of_any_length_are_normalized_by_the_first_step(Optimizer, kernel, omega, length, monkeypatch):
+    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    torch.manual_seed(0)
+    y = unit(torch.randn(5, 60, device=DEVICE))[0]
+    gradient = torch.randn_like(y)
+    results = []
+    for factor in (1.0, length):
+        p = nn.Parameter(y * factor)
+        p.grad = gradient.clone()
+        Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=omega).step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
+
+
+@BOTH
+def test_a_step_inside_autocast_is_the_step_outside(Optimizer):
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(unit(torch.randn(8, 60))[0])
+        p.grad = torch.randn_like(p)
+        optimizer = Optimizer([p], lr=0.2, grassmann=True, omega=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+def test_a_group_may_move_to_the_manifold_later():
+    p = nn.Parameter(torch.randn(4, 9))
+    optimizer = AdamG([p], lr=0.1, momentum=0.9)
+    for grassmann in (False, True):
+        optimizer.param_groups[0]["grassmann"] = grassmann
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert p.isfinite().all()
