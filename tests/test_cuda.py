@@ -1,4 +1,4 @@
-"""What only a GPU can show of the optimizers: the kernel's step, no waiting for the device, CUDA graphs, moved state."""
+"""What only a GPU can show of the optimizers: the kernel, no waiting for the device, CUDA graphs, moved state."""
 
 import copy
 
