@@ -5,6 +5,7 @@ normalizing with `mean` and `std` is the device's work. What an epoch does with 
 by `EpochPlan`, so a batch depends on neither the number of threads nor what ran before it.
 """
 
+import fcntl
 import hashlib
 import http.client
 import os
@@ -155,12 +156,27 @@ def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 @contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Waits until no other run reads or downloads here: two downloads at once would spoil each other's file."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = open(root / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError:  # not writable: nothing can be downloaded either
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def _downloading(dataset: str, root: Path, filename: str, url: str) -> Iterator[None]:
     """Gives up on a silent server, and makes torchvision's failure one sentence about the file."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        yield
+        with _alone_in(root):
+            yield
     except DOWNLOAD_ERRORS as error:
         archive = root / filename
         if archive.is_file():

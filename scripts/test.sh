@@ -18,3 +18,4 @@ install_requirements requirements-test.txt
 "$python" -m ruff check
 "$python" -m ruff format --check
 "$python" -m pytest -m "$tests" "$@"
+bash scripts/smoke_all.sh

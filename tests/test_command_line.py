@@ -1,6 +1,7 @@
 """The command line: the paper's six commands, every flag, what a run prints, and one sentence for every mistake."""
 
 import errno
+import json
 import os
 import pty
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS, STEPS, assert_one_sentence, call, contents, load, log_lines
+from test_data import no_network as offline  # noqa: F401 (a fixture)
+from test_data import write_archive, write_svhn
 
 import main
 from resnet import WideResNet
@@ -500,3 +503,100 @@ def test_a_directory_is_itself_by_any_name(finished, tmp_path, monkeypatch):
     Path("link").symlink_to(save)
     for name in ("run", "./run/checkpoint.pt", "link"):
         assert call("--resume", name, "--save", save).code == 0
+
+
+class TestSummary:
+    @pytest.mark.parametrize(
+        ("flags", "parameters", "multiply_adds"),
+        [
+            (["--depth", 10, "--width", 1], 77_850, 12_501_632),
+            (["--model", "vgg13", "--optim_method", "SGDG"], 9_935_434, 228_791_296),
+        ],
+    )
+    def test_counts_and_leaves_nothing(self, flags, parameters, multiply_adds, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        outcome = call("--summary", *flags)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert f"in all: {parameters:,} parameters" in outcome.out
+        assert f"multiply-adds of one picture: {multiply_adds:,}" in outcome.out
+        assert not list(tmp_path.iterdir())
+
+    def test_of_a_folder_has_its_classes(self, pictures_root):
+        out = call("--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", pictures_root).out
+        assert re.search(r"fc\.weight +3 x 64", out)
+
+
+def test_what_has_no_effect_is_said(tmp_path):
+    out = call("--summary", "--model", "vgg11", "--depth", 28, "--lrg", 0.2).out
+    assert out.startswith("note: --depth, --lrg has no effect on vgg-11 with SGD\n")
+
+
+def test_svhn_and_vgg_take_the_papers_values():
+    options, _ = main.parse_options(["--model", "vgg19", "--dataset", "SVHN", "--optim_method", "AdamG"])
+    assert (options.lr, options.lrg, options.bn_decay, options.dropout) == (0.001, 0.005, 0, 0)
+    assert (options.epochs, options.epoch_step, options.lr_decay_ratio) == (160, [60, 120], 0.1)
+    assert options.randomcrop_pad == 0
+    assert options.save == Path("logs/SVHN/vgg-19/AdamG/seed0")
+    assert main.parse_options(["--dataset", "SVHN"])[0].dropout == 0.4
+
+
+def test_vgg_needs_a_batch_to_normalize_over():
+    assert_one_sentence(call("--model", "vgg11", "--batchSize", 1), 2, "batchSize")
+
+
+class TestLock:
+    def test_a_second_writer_is_refused_while_the_first_lives(self, finished, tmp_path):
+        save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+        lock = "f = utils.lock_directory(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+        command = [sys.executable, "-c", f"import sys, time, utils, pathlib; {lock}", str(save)]
+        before = contents(save)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout.readline() == "1\n"
+            assert_one_sentence(call("--resume", save, "--epochs", 3), 1, f"process {holder.pid} on", "another --save")
+            del before["lock"]
+            assert {name: value for name, value in contents(save).items() if name != "lock"} == before
+            assert call("--resume", save, "--eval").code == 0  # reads only
+            holder.kill()
+        assert call("--resume", save, "--epochs", 3).code == 0  # the lock died with its process
+
+    def test_a_lock_file_that_nobody_holds_does_not_matter(self, finished, tmp_path):
+        save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+        (save / "lock").write_text("process 1 on a machine that is gone")
+        assert call("--resume", save, "--epochs", 3).code == 0
+
+    def test_a_file_system_without_locks_is_one_sentence(self, tiny, tmp_path, monkeypatch):
+        def no_locks(*args):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "cannot be locked", "local disk")
+
+
+def test_a_holdout_is_tested_on_instead_of_the_test_set(tiny, tmp_path):
+    save = tmp_path / "run"
+    assert call(*tiny("SGD", save, "--holdout", 12)).code == 0
+    config = json.loads((save / "config.json").read_text())
+    assert (config["data"]["train_images"], config["data"]["test_images"]) == (36, 12)
+    assert config["options"]["holdout"] == 12
+    assert "on 12 held-out training pictures" in call("--eval", "--resume", save).out
+    assert_one_sentence(call("--resume", save, "--holdout", 6), 2, "12", "6")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100", "SVHN"])
+def test_one_epoch_on_an_archive_in_the_real_format(dataset, tmp_path, monkeypatch):
+    if dataset == "SVHN":
+        write_svhn(tmp_path, monkeypatch)
+    else:
+        write_archive(dataset, tmp_path, monkeypatch)
+    flags = ["--dataroot", tmp_path, "--dataset", dataset, "--batchSize", 2, "--epochs", 1, "--epoch_step", "[]"]
+    outcome = call("--depth", 10, "--width", 1, "--optim_method", "SGDG", *flags, "--save", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    (stats,) = log_lines(tmp_path / "run")
+    assert stats["num_classes"] == (100 if dataset == "CIFAR100" else 10)
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    command = f"{shlex.quote(sys.executable)} main.py --summary --depth 10 --width 1 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(main.__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

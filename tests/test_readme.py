@@ -15,9 +15,9 @@ from resnet import WideResNet
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/method.md"]
 # Flags of other programs that the README mentions, and where they come from.
-OTHER_FLAGS = {"--all": "scripts/test.sh", "--logdir": None}
+OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None}
 # Written by runs, not kept in the repository.
-MADE_BY_RUNS = {"config.json", "log.txt", "checkpoint.pt", "logs/quickstart/curves.png"}
+MADE_BY_RUNS = {"config.json", "log.txt", "checkpoint.pt", "logs/quickstart/curves.png", "commands.txt"}
 
 
 def visible(page):
