@@ -17,7 +17,7 @@ PAGES = ["README.md", "docs/method.md"]
 # Flags of other programs that the README mentions, and where they come from.
 OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None}
 # Written by runs, not kept in the repository.
-MADE_BY_RUNS = {"config.json", "log.txt", "checkpoint.pt", "logs/quickstart/curves.png", "commands.txt"}
+MADE_BY_RUNS = {"config.json", "log.txt", "checkpoint.pt", "logs/quickstart/curves.png", "commands.txt", "output.txt"}
 
 
 def visible(page):
