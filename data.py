@@ -15,7 +15,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,14 +158,13 @@ def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
 @contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
     """Waits until no other run reads or downloads here: two downloads at once would spoil each other's file."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = open(root / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError:  # not writable: nothing can be downloaded either
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(root / ".lock", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # not writable, so nothing can be downloaded either, or a file system without locks
         yield
 
 
@@ -304,11 +303,11 @@ def _read_picture(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def hold_out(data: DataSet, count: int, seed: int = 0) -> DataSet:
+def hold_out(data: DataSet, count: int) -> DataSet:
     """The same data with `count` training pictures as the test part, to choose hyperparameters on.
 
     They leave the training part; the real test part is not in the result. Each class gives its share, rounded up or
-    down; which pictures depends on nothing but the training labels, `count` and `seed`. The mean and std stay those of
+    down; which pictures depends on nothing but the training labels and `count`. The mean and std stay those of
     the whole training part.
 
     Raises UserError where `count` is not in 1..N-1, or one of the parts would lack a class of the training set.
@@ -316,7 +315,7 @@ def hold_out(data: DataSet, count: int, seed: int = 0) -> DataSet:
     labels, total = data.train_labels, len(data.train_labels)
     if not 1 <= count < total:
         raise UserError(f"--holdout {count} does not fit a training set of {total} pictures: choose 1 to {total - 1}")
-    shuffled = np.random.default_rng(seed).permutation(total)
+    shuffled = np.random.default_rng(0).permutation(total)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     held = np.zeros(total, bool)
     held[by_class[np.arange(count) * total // count]] = True  # evenly spaced through the classes: stratified

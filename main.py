@@ -1,4 +1,4 @@
-"""Train Wide ResNets with SGD, SGD-G or Adam-G, as in "Riemannian approach to batch normalization" (NIPS 2017).
+"""Train Wide ResNet or VGG with SGD, SGD-G or Adam-G, as in "Riemannian approach to batch normalization" (NIPS 2017).
 
     python main.py --depth 28 --width 10 --dataset CIFAR10 --optim_method SGDG
 
@@ -779,8 +779,6 @@ def claim_directory(save: Path, resume: str | None) -> BinaryIO:
     """
     try:
         save.mkdir(parents=True, exist_ok=True)
-        (save / f"{CONFIG}.tmp").touch()
-        (save / f"{CONFIG}.tmp").unlink()
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
     source = Path(resume) if resume not in (None, "auto") else save
@@ -874,6 +872,15 @@ def run(argv: list[str] | None) -> int:
         print_summary(options)
         return 0
     lock = None if options.eval else claim_directory(options.save, options.resume)
+    if lock and options.resume:
+        options, checkpoint = parse_options(argv)  # again: now nobody else writes, as an ending run may just have done
+    if checkpoint and not options.eval and checkpoint["epoch"] >= options.epochs:
+        if checkpoint["epoch"] > options.epochs:
+            raise UsageError(
+                f"--epochs {options.epochs}: the checkpoint has {checkpoint['epoch']} finished epochs already"
+            )
+        print(f"nothing to do: the run has its {options.epochs} epochs")
+        return 0
     # The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a search.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -891,11 +898,6 @@ def run(argv: list[str] | None) -> int:
         print_evaluation(t)
         return 0
     t.plan()  # an impossible --batchSize ends here, before a file is written
-    if t.epoch > options.epochs:
-        raise UsageError(f"--epochs {options.epochs}: the checkpoint has {t.epoch} finished epochs already")
-    if t.epoch == options.epochs:
-        print(f"nothing to do: the run has its {t.epoch} epochs (test error {t.test_error():.2f}%)")
-        return 0
     write_config(t)
     print_start(t)
     deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes

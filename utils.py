@@ -79,7 +79,12 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} is not a whole checkpoint ({type(error).__name__}); resume from another one"
         ) from error
     keys = {"model", "optimizer", "options", "epoch"}
-    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["options"], dict):
+    if (
+        not isinstance(state, dict)
+        or not keys <= state.keys()
+        or not isinstance(state["options"], dict)
+        or not isinstance(state["epoch"], int)
+    ):
         raise UserError(f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt")
     return state
 
@@ -91,7 +96,10 @@ def lock_directory(directory: Path) -> BinaryIO:
         UserError: a living process holds the lock, on this machine or on one that shares the file system.
     """
     path = directory / LOCK
-    file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+    try:
+        file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror}); choose another --save") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -101,8 +101,10 @@ make_cells() { # the arrays `directories` and `commands`, seed by seed, so that 
 # ------------------------------------------------------------------------------------------------------- the runs
 
 finished() { # INDEX: without starting Python, which takes seconds
-    local log=${directories[$1]}/log.txt
-    [ -f "$log" ] && [ "$(grep -c '^json_stats: {.*}$' "$log")" -eq "$epochs" ]
+    local log=${directories[$1]}/log.txt checkpoint=${directories[$1]}/checkpoint.pt
+    [ -f "$log" ] && [ "$(grep -c '^json_stats: {.*}$' "$log")" -eq "$epochs" ] || return 1
+    # A kill may fall between the last line and the last checkpoint; without one the log alone was kept.
+    [ ! -f "$checkpoint" ] || [ ! "$log" -nt "$checkpoint" ]
 }
 
 choose_devices() { # the array `gpus`, $jobs, and on the CPU each run's share of the cores
@@ -129,7 +131,10 @@ worker() {
         mkdir "$state/$i" 2>/dev/null || continue # making a directory is atomic: one worker gets it
         if [ "${#flags[@]}" -eq 0 ] && finished "$i"; then continue; fi
         echo "$(date +%T) start    ${directories[i]}"
-        mkdir -p "${directories[i]}"
+        if ! mkdir -p "${directories[i]}"; then
+            echo 1 >"$state/$i/code"
+            continue
+        fi
         bash -c "exec ${commands[i]}" >>"${directories[i]}/output.txt" 2>&1 </dev/null &
         child=$!
         pass_on
@@ -206,7 +211,7 @@ report() { # exit code: 0, 1 after a failure, 128 + signal
         if [ ! -f "$state/$i/code" ]; then continue; fi
         failures=$((failures + 1))
         output=${directories[i]}/output.txt
-        echo "failed with exit code $(cat "$state/$i/code"): $output: $(tail -n 1 "$output")" >&2
+        echo "failed with exit code $(cat "$state/$i/code"): $output: $(tail -n 1 "$output" 2>&1)" >&2
     done
     done_now=$(count_finished)
     echo "$done_now of ${#commands[@]} runs are finished, $failures failed"

@@ -15,9 +15,19 @@ from resnet import WideResNet
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/method.md"]
 # Flags of other programs that the README mentions, and where they come from.
-OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None}
+OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None} | dict.fromkeys(
+    ("--markdown", "--csv", "--plots", "--x"), "scripts/summarize.py"
+)
 # Written by runs, not kept in the repository.
-MADE_BY_RUNS = {"config.json", "log.txt", "checkpoint.pt", "logs/quickstart/curves.png", "commands.txt", "output.txt"}
+MADE_BY_RUNS = {
+    "config.json",
+    "log.txt",
+    "checkpoint.pt",
+    "logs/quickstart/curves.png",
+    "commands.txt",
+    "output.txt",
+    "docs/table1.md",
+}
 
 
 def visible(page):

@@ -50,7 +50,7 @@ def records(tmp_path, capsys, *directories):
 
 def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
     for seed, error in enumerate((4.0, 3.0, 9.0, 3.5, 5.0)):
-        write_run(tmp_path / f"runs/SGD/seed{seed}", error, seed=seed, save=f"somewhere/{seed}")
+        write_run(tmp_path / f"runs/SGD/seed{seed}", error, seed=seed)
     (cell,) = records(tmp_path, capsys, tmp_path / "runs")
     assert [float(cell[name]) for name in ("test_error", "min", "max")] == pytest.approx([4.0, 3.0, 9.0])
     assert (cell["runs"], cell["unfinished"]) == ("5", "0")
@@ -81,7 +81,7 @@ def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(tmp_path, capsy
 
 def test_where_and_how_fast_a_run_ran_does_not_split_a_cell(tmp_path, capsys):
     write_run(tmp_path / "here/a", 4.0)
-    write_run(tmp_path / "there/b", 8.0, seed=1, device="cuda", nthread=4, save="y", max_minutes=3)
+    write_run(tmp_path / "there/b", 8.0, seed=1, device="cuda", nthread=4)
     (cell,) = records(tmp_path, capsys, tmp_path / "here", tmp_path / "there")
     assert cell["runs"] == "2"
 
