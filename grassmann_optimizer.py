@@ -162,6 +162,7 @@ def _bias_correction(step: Tensor, beta1: float, beta2: float) -> Tensor:
 # d = s M, so a is |d| with the sign of s, and the last formula is Eq. 8 for an M parallel to d. `rate` is lr (SGD-G) or
 # lr * correction (Adam-G); v is None for SGD-G.
 
+_Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, g, m (rows, n) and v (rows, 1), None for SGD-G
 _BLOCK = 2**18  # elements: a block of y, g, M and scratch stays in the cache, and many operations share its overhead
 
 
@@ -225,12 +226,22 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
     return norms if high.item() < 1e18 and low.item() >= least else unit(x)[1]
 
 
-def _add_regularizer(y: Tensor, g: Tensor, omega: float) -> Tensor:
-    """g + omega * orthogonality_gradient(y), in one buffer of the layer's size; makes the rows of y unit, in place."""
-    y.div_(_norms(y, least=1e-15).clamp_(min=1e-30))
-    gram = y @ y.mT
-    gram.diagonal().sub_(1)
-    return torch.addmm(g, gram, y, alpha=2 * omega)
+def _add_regularizer(ys: list[Tensor], gs: list[Tensor], omega: float) -> list[Tensor]:
+    """g + omega * orthogonality_gradient(y) of weights of one shape; makes the rows of each y unit, in place.
+
+    Needs one buffer of the weights' size. It holds the stacked y for the first products, which are too small to fill a
+    GPU one by one, and then the results.
+    """
+    for y in ys:
+        y.div_(_norms(y, least=1e-15).clamp_(min=1e-30))
+    if len(ys) == 1:
+        buffer, gram = torch.empty_like(ys[0])[None], (ys[0] @ ys[0].mT)[None]
+    else:
+        buffer = torch.stack(ys)
+        gram = buffer @ buffer.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    products = zip(gs, gram, ys, buffer, strict=True)
+    return [torch.addmm(g, e, y, alpha=2 * omega, out=out) for g, e, y, out in products]
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch where there is a GPU
@@ -346,7 +357,7 @@ if _HAS_TRITON:
 
 
 def _advance_all(
-    layers: list[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    layers: list[_Layer],
     rates: Tensor,
     table: Tensor,
     layer_of_row: Tensor,
@@ -374,7 +385,7 @@ def _advance_all(
     )  # fmt: skip
 
 
-def _host_table(layers: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], pin: bool) -> tuple[Tensor, Tensor]:
+def _host_table(layers: list[_Layer], pin: bool) -> tuple[Tensor, Tensor]:
     """The kernel's table (layers, 6) int64 and layer of each row (rows,) int32, on the host."""
     rows = [len(y) for y, *_ in layers]
     before = [sum(rows[:i]) for i in range(len(rows))]
@@ -499,14 +510,14 @@ class _GrassmannOptimizer(Optimizer):
             with torch.autocast(device.type, enabled=False):
                 rates = self._rates(some, group)
                 if self._has_kernel(device) and dtype == torch.float32:
-                    layers = [self._layer(p, group) for p in some]
+                    layers = self._regularized([self._layer(p, group) for p in some], group["omega"])
                     with torch.cuda.device_of(some[0]):
                         _advance_all(layers, rates, *self._address_table(layers, id(group)), **options)
                     for p, layer in zip(some, layers, strict=True):
                         self._put_back(p, layer)
                 else:
                     for p, rate in zip(some, rates, strict=True):
-                        layer = self._layer(p, group)
+                        (layer,) = self._regularized([self._layer(p, group)], group["omega"])
                         _advance(*layer, rate, **options)
                         self._put_back(p, layer)
                         del layer  # before the next one's buffer is made
@@ -527,24 +538,34 @@ class _GrassmannOptimizer(Optimizer):
         lr = lr.to(**like, non_blocking=True) if isinstance(lr, Tensor) else torch.full((), lr, **like)
         return lr.reshape(()).repeat(len(params))
 
-    def _layer(self, p: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """y, g (with the regularizer's part), m and v of a weight as contiguous rows: views where possible."""
+    def _layer(self, p: Tensor, group: dict) -> _Layer:
+        """y, g, m and v of a weight as contiguous rows: views where possible."""
         state, dtype = self.state[p], _arithmetic(p)
         y, g = (_rows(t, p).to(dtype).contiguous() for t in (p, _grad(p)))
         if group["maximize"]:
             g = -g
-        if group["omega"]:
-            g = _add_regularizer(y, g, group["omega"])
         m = _rows(state["momentum_buffer"], p).to(dtype).contiguous()
         return y, g, m, state.get("second_moment")
 
-    def _put_back(self, p: Tensor, layer: tuple) -> None:
+    def _regularized(self, layers: list[_Layer], omega: float) -> list[_Layer]:
+        """The layers with the regularizer's part in g, those of one shape together."""
+        alike: dict[torch.Size, list[int]] = {}
+        for i, (y, *_) in enumerate(layers if omega else []):
+            alike.setdefault(y.shape, []).append(i)
+        for indices in alike.values():
+            ys, gs = [layers[i][0] for i in indices], [layers[i][1] for i in indices]
+            for i, g in zip(indices, _add_regularizer(ys, gs, omega), strict=True):
+                y, _, m, v = layers[i]
+                layers[i] = y, g, m, v
+        return layers
+
+    def _put_back(self, p: Tensor, layer: _Layer) -> None:
         """Write y and m where `_layer` had to copy them."""
         for t, rows in ((p, layer[0]), (self.state[p]["momentum_buffer"], layer[2])):
             if rows.data_ptr() != t.data_ptr():
                 _write_rows(t, p, rows)
 
-    def _address_table(self, layers: list, group: int) -> list[Tensor]:
+    def _address_table(self, layers: list[_Layer], group: int) -> list[Tensor]:
         """`_advance_all`'s table on the device, made anew only where an address or shape has changed."""
         device = layers[0][0].device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

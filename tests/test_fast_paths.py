@@ -231,7 +231,7 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
 
     def train(kernel):
         torch.manual_seed(0)
-        shapes = [(4, 3, 3, 3), (8, 4, 3, 3), (6, 20)]
+        shapes = [(4, 3, 3, 3), (8, 4, 3, 3), (4, 27)]  # the last as many rows and columns as the first
         params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         params[1].data = params[1].data.to(memory_format=torch.channels_last)
         params.append(nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2]))  # not dense: worked on as a copy
