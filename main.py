@@ -254,10 +254,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+def parse_options(argv: list[str] | None, again: bool = False) -> tuple[argparse.Namespace, dict | None]:
     """Options of the run, and the checkpoint to start from, if any.
 
-    An option that was not given is the checkpoint's; without one, the paper's or DEFAULTS'.
+    An option that was not given is the checkpoint's; without one, the paper's or DEFAULTS'. One that has no effect is
+    named, but not `again`.
 
     Raises:
         UsageError: a flag or value that is not accepted, or one that differs from the checkpoint's.
@@ -281,7 +282,8 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | No
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
     check_options(options)
-    if unused := [f"--{name}" for name in given if options[name] is None and given[name] is not None]:
+    unused = [f"--{name}" for name in given if options[name] is None and given[name] is not None]
+    if unused and not again:
         print(f"note: {', '.join(unused)} has no effect on {model_name(options)} with {options['optim_method']}")
     return argparse.Namespace(**options, **call), checkpoint
 
@@ -873,7 +875,8 @@ def run(argv: list[str] | None) -> int:
         return 0
     lock = None if options.eval else claim_directory(options.save, options.resume)
     if lock and options.resume:
-        options, checkpoint = parse_options(argv)  # again: now nobody else writes, as an ending run may just have done
+        # Now nobody else writes here, as a run that has just ended may have done since the first look.
+        options, checkpoint = parse_options(argv, again=True)
     if checkpoint and not options.eval and checkpoint["epoch"] >= options.epochs:
         if checkpoint["epoch"] > options.epochs:
             raise UsageError(
