@@ -2,8 +2,8 @@
 
     python benchmarks/scale_invariance.py [--json FILE]
 
-WRN-28-10 (resnet.py), and torchvision's VGG-13 with batch normalization and ResNet-18, at their initial weights, on
-random pictures: one forward and backward pass each, in float32 on the CPU.
+WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random pictures:
+one forward and backward pass each, in float32 on the CPU.
 """
 
 import argparse
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from grassmann_optimizer import scale_invariance
 from resnet import WideResNet
+from vgg import VGG
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     torch.manual_seed(0)
     networks = {  # and the pictures: how many, and their size
         "WRN-28-10": (WideResNet(28, 10, 10, dropout=0.3), 4, 32),
-        "VGG-13 (torchvision)": (torchvision.models.vgg13_bn(num_classes=10), 8, 32),
+        "VGG-13": (VGG(13, 10), 8, 32),
         "ResNet-18 (torchvision)": (torchvision.models.resnet18(num_classes=10), 16, 64),
     }
     figures = {}

@@ -97,14 +97,19 @@ def test_the_triton_kernel_is_the_rule(adam, clip, block):
         assert_same((y, m, v), right, torch.float32)
 
 
-@pytest.mark.parametrize("block", [64, 16])
-def test_edges_in_the_triton_kernel(block):
-    """Zero gradient, zero row, a gradient along y, |h| of 1e-30 and 1e30, a row of length 2."""
-    y = torch.eye(6, 40, device=DEVICE)
+def edges(dtype, device):
+    """y and g: zero gradient, zero row, a gradient along y, |h| of 1e-30 and 1e30, a row of length 2."""
+    y = torch.eye(6, 40, dtype=dtype, device=device)
     y[1] = 0
     y[5] *= 2
     g = torch.zeros_like(y)
     g[1, 7], g[2, 2], g[3, 7], g[4, 7], g[5, 7] = 0.05, 1.0, 1e-30, 1e30, 0.05
+    return y, g
+
+
+@pytest.mark.parametrize("block", [64, 16])
+def test_edges_in_the_triton_kernel(block):
+    y, g = edges(torch.float32, DEVICE)
     m = torch.zeros_like(y)
     layers = [(y, g, m, None)]
     table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
@@ -125,11 +130,7 @@ def check_edges(y, m):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_edges_in_blocks(dtype, monkeypatch):
     monkeypatch.setattr(go, "_BLOCK", 80)  # two rows
-    y = torch.eye(6, 40, dtype=dtype)
-    y[1] = 0
-    y[5] *= 2
-    g = torch.zeros_like(y)
-    g[1, 7], g[2, 2], g[3, 7], g[4, 7], g[5, 7] = 0.05, 1.0, 1e-30, 1e30, 0.05
+    y, g = edges(dtype, "cpu")
     p = nn.Parameter(y)
     p.grad = g
     optimizer = SGDG([p], lr=0.5, momentum=0.9, grassmann=True, grad_clip=0.1)
