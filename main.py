@@ -97,6 +97,7 @@ DEFAULTS = {
     "weight_decay": 5e-4,
     "omega": 0.1,
     "grad_clip": 0.1,
+    "select": "shape",
     "seed": 0,
     "device": "auto",
     "dtype": "float32",
@@ -225,6 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--bnDecay", "--bn_decay", dest="bn_decay", type=rate, help="weight decay of BN and biases")
     flag("--omega", type=rate, help="orthogonality regularizer on G(1,n)")
     flag("--grad_clip", type=clip_threshold, help="norm clipping on G(1,n); 0 or none: off")
+    flag("--select", choices=["shape", "measured"], help="weights on G(1,n): the paper's rule, or the scale-invariant")
     flag("--epochs", type=number(int, 1), help="epochs in all")
     flag("--epoch_step", type=epoch_list, help="finished epochs after which the learning rates drop, as '[60,120]'")
     flag("--lr_decay_ratio", type=number(float, 0, exclusive=True), help="factor of a drop")
@@ -308,7 +310,7 @@ def fill_in(given: dict) -> dict:
 
 def without_unused(options: dict) -> dict:
     """None for what a method or model has no use for, so that no two equal runs look different."""
-    unused = ("lrg", "omega", "grad_clip") if options["optim_method"] == "SGD" else ()
+    unused = ("lrg", "omega", "grad_clip", "select") if options["optim_method"] == "SGD" else ()
     unused += ("depth", "width") if options["model"] in VGGS else ()
     return {name: None if name in unused else value for name, value in options.items()}
 
@@ -376,6 +378,13 @@ def make_model(options: argparse.Namespace, classes: int) -> nn.Module:
     return WideResNet(options.depth, options.width, classes, options.dropout)
 
 
+def random_loss(model: nn.Module) -> Tensor:
+    """The loss of random pictures with random labels: which weights are scale-invariant does not depend on them."""
+    x = torch.randn(64, 3, 32, 32, device=next(model.parameters()).device)
+    logits = model(x)
+    return cross_entropy(logits, torch.randint(logits.shape[1], (len(x),), device=x.device))
+
+
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
     """The method's optimizer over the paper's parameter groups; sets the Grassmann weights to unit rows."""
     if options.optim_method == "SGD":
@@ -395,6 +404,8 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
         grad_clip=options.grad_clip,
         weight_decay=options.weight_decay,
         bn_decay=options.bn_decay,
+        select=options.select,
+        loss_fn=random_loss if options.select == "measured" else None,
     )
     return {"SGDG": SGDG, "AdamG": AdamG}[options.optim_method](groups)
 
@@ -843,7 +854,7 @@ def print_start(t: Training) -> None:
     totals: dict[str, list[int]] = {}
     for name, p in t.model.named_parameters():
         shape = " x ".join(map(str, p.shape))
-        print(f"  {name:34} {shape:22} {group_of[p]}")
+        print(f"  {name:34} {shape:19} {group_of[p]}")
         total = totals.setdefault(group_of[p], [0, 0])
         total[0] += 1
         total[1] += p.numel()

@@ -6,6 +6,8 @@
 A run is a directory with `config.json` and `log.txt`. Its result is the last epoch's test error, never the best
 epoch's. Runs that differ in nothing but the seed (and in what cannot change a result, such as the number of
 workers) make one cell; a run that has not finished is shown, but counts in no median. Runs may still be writing.
+Runs with --holdout serve to choose hyperparameters: a table of their own says how each method did with each set,
+without a figure.
 """
 
 import argparse
@@ -54,8 +56,8 @@ PAPER = {
 # of the output, as data set and SHA-256 must; those of CELL belong to a method and may differ along a row. All
 # others, also those added to main.py in the future, must agree along a row. Within a cell all of them agree.
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
-SECTION = ("dataset", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
-CELL = ("optim_method", "lr", "lrg", "momentum", "weight_decay", "bn_decay", "omega", "grad_clip")
+SECTION = ("dataset", "holdout", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
+CELL = ("optim_method", "lr", "lrg", "momentum", "weight_decay", "bn_decay", "omega", "grad_clip", "select")
 
 
 @dataclass
@@ -139,11 +141,21 @@ class Row:
     def started(self):
         return any(run.epochs for cell in self.cells.values() for run in cell.runs + cell.unfinished)
 
+    @property
+    def held_out(self):
+        """Whether the test pictures are a held-out part of the training pictures."""
+        return bool(self.any_run.options["holdout"])
+
     def best(self):
-        """The methods with the lowest median, to the two decimals that are shown; none where only one ran."""
-        medians = {name: round(median(cell.test_errors), 2) for name, cell in self.cells.items() if cell.runs}
-        lowest = min(medians.values(), default=None)
-        return {name for name, value in medians.items() if value == lowest and len(medians) > 1}
+        """The best methods; none where only one ran."""
+        return best(self.cells)
+
+
+def best(cells):
+    """The names of those with the lowest median, to the two decimals that are shown; none where only one ran."""
+    medians = {name: round(median(cell.test_errors), 2) for name, cell in cells.items() if cell.runs}
+    lowest = min(medians.values(), default=None)
+    return {name for name, value in medians.items() if value == lowest and len(medians) > 1}
 
 
 def paper_of(run):
@@ -189,23 +201,28 @@ def read_run(path, root):
     """The run in directory `path`, found below `root`. Raises ValueError or OSError if it is unusable."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     require(config, ("options", "data", "model", "device"))
-    require(config["options"], (*SECTION, *CELL, "seed"))
-    config["options"].setdefault("holdout", 0)  # older runs could not hold anything out
+    options = config["options"]
+    options.setdefault("holdout", 0)  # older runs could not hold anything out, nor select by measurement
+    options.setdefault("select", None if options.get("optim_method") == "SGD" else "shape")
+    require(options, (*SECTION, *CELL, "seed"))
     require(config["data"], ("name", "sha256", "train_images", "test_images"))
-    if config["options"]["optim_method"] not in METHODS:
-        raise ValueError(f"its method {config['options']['optim_method']} is not one of {', '.join(METHODS)}")
+    if options["optim_method"] not in METHODS:
+        raise ValueError(f"its method {options['optim_method']} is not one of {', '.join(METHODS)}")
     return Run(path, experiment_of(path, root, config), config, read_log(path / "log.txt"))
 
 
 def experiment_of(path, root, config):
-    """`logs/tuned/cifar10/wrn-10-1/SGD/seed0` below `logs` is of the experiment `tuned`."""
+    """Below `logs`, `tuned/cifar10/wrn-10-1/SGD/seed0` and `cifar10-wrn-10-1-tuned/SGD/seed0` are both `tuned`."""
     options = config["options"]
     names = (options["dataset"], config["data"]["name"], config["model"], options.get("model"), options["optim_method"])
     known = {str(name).lower() for name in names}
     parts = list(path.relative_to(root).parts)[:-1]  # the last one is the run's own name, whatever it says
     while parts and parts[-1].lower() in known:
         parts.pop()
-    return "/".join(parts)
+    words = re.findall("[a-z0-9]", f"{config['data']['name']}{config['model']}".lower())
+    cell = re.compile("[^a-z0-9]*".join(words) + "(?![a-z0-9])[^a-z0-9]*", re.IGNORECASE)
+    parts = [cell.sub("", part, count=1) if cell.match(part) else part for part in parts]
+    return "/".join(filter(None, parts))
 
 
 def read_runs(roots):
@@ -274,7 +291,7 @@ def make_sections(runs, left_out):
             number = 1 + sum((r.model, r.experiment) == (model, experiment) for r in sections[section])
             keys[section].append(row)
             sections[section].append(Row(model, experiment, {method: cell}, number))
-    return list(sections.values())
+    return sorted(sections.values(), key=lambda rows: rows[0].held_out)  # results first
 
 
 # What is known of a cell, and its text
@@ -296,6 +313,7 @@ def summary(row, cell, section):
         "other_options": other_options(cell, section),
         "runs": len(cell.runs),
         "unfinished": len(cell.unfinished),
+        "holdout": run.options["holdout"],
         "test_error": median(errors) if errors else None,
         "min": min(errors, default=None),
         "max": max(errors, default=None),
@@ -338,21 +356,43 @@ def unfinished_text(cell):
 
 
 def details(section):
-    """A Markdown table with a line for each cell."""
-    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs", "Test error (%)"]
-    header += ["Min", "Max", "Paper (%)", "Difference", "Training loss", "Images/s"]
+    """A Markdown table with a line for each cell, and the best method of a row in bold."""
+    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs"]
+    header += ["Test error (%)", "Min", "Max", "Paper (%)", "Difference", "Training loss", "Images/s"]
     lines = []
     for row in section:
         for method, cell in sorted(row.cells.items(), key=lambda item: list(METHODS).index(item[0])):
             s = summary(row, cell, section)
-            error = bold(text(s["test_error"], ".2f"), method in row.best()) if cell.runs else unfinished_text(cell)
-            runs = f"{s['runs']}" + (f" (+{s['unfinished']} unfinished)" if cell.unfinished else "")
-            line = [row.label, row.experiment, s["method"], text(s["lr"]), text(s["lrg"])]
-            line += [s["other_options"], runs, error]
+            line = [row.label, *common_columns(s, cell, method in row.best())]
             line += [text(s[name], ".2f") if s["runs"] > 1 else "" for name in ("min", "max")]
             line += [text(s["paper"], ".2f"), text(s["difference"], "+.2f")]
             lines.append([*line, text(s["train_loss"], ".4f"), text(s["images_per_sec"], ",.0f")])
     return markdown_table(header, lines)
+
+
+def search(section):
+    """What `details` is for results, for hyperparameters: method by method, with its best set in bold."""
+    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs"]
+    header += ["Held-out error (%)", "Training loss"]
+    sets = defaultdict(dict)
+    for number, row in enumerate(section):
+        for method, cell in row.cells.items():
+            sets[natural(row.model), row.experiment, list(METHODS).index(method)][number] = cell
+    lines = []
+    for _, cells in sorted(sets.items()):
+        for number, cell in cells.items():
+            row = section[number]
+            s = summary(row, cell, section)
+            line = [row.model.upper(), *common_columns(s, cell, number in best(cells))]
+            lines.append([*line, text(s["train_loss"], ".4f")])
+    return markdown_table(header, lines)
+
+
+def common_columns(s, cell, is_best):
+    """From the experiment to the error."""
+    error = bold(text(s["test_error"], ".2f"), is_best) if cell.runs else unfinished_text(cell)
+    runs = f"{s['runs']}" + (f" (+{s['unfinished']} unfinished)" if cell.unfinished else "")
+    return [s["experiment"], s["method"], text(s["lr"]), text(s["lrg"]), s["other_options"], runs, error]
 
 
 def overview(section):
@@ -368,6 +408,11 @@ def overview(section):
     return markdown_table(["Test error (%)", "Experiment", *METHODS.values()], lines)
 
 
+def is_small(section):
+    """One row of single runs, of all methods: the details say it all."""
+    return len(section) == 1 and [len(cell.runs) for cell in section[0].cells.values()] == [1] * len(METHODS)
+
+
 def overview_text(cell, best):
     if cell is None:
         return "missing"
@@ -379,9 +424,9 @@ def overview_text(cell, best):
 
 
 def absent_networks(section):
-    """A row for each of the paper's networks without a run, in a section that follows the paper's protocol."""
-    run, present = section[0].any_run, {row.model for row in section}
-    names = PAPER[run.options["dataset"]].errors if follows_paper(run) else ()
+    """A row for each of the paper's networks without a run, where another of them has one."""
+    paper, present = paper_of(section[0].any_run), {row.model for row in section}
+    names = paper.errors if paper and present & paper.errors.keys() else ()
     return [Row(name) for name in names if name not in present]
 
 
@@ -400,8 +445,10 @@ def describe(section):
     options, data = run.options, run.config["data"]
     devices = {r.config["device"] for row in section for c in row.cells.values() for r in c.runs + c.unfinished}
     drops = ", ".join(map(str, options["epoch_step"]))
+    tested = "held-out" if options["holdout"] else "test"
+    numbers = f"{data['train_images']:,} training and {data['test_images']:,} {tested} pictures"
     parts = [
-        f"{data['train_images']:,} training and {data['test_images']:,} test pictures (SHA-256 {data['sha256'][:12]})",
+        f"{numbers} (SHA-256 {data['sha256'][:12]})",
         f"{options['dtype']}, batches of {options['batch_size']}, {options['epochs']} epochs",
         f"learning rates x{options['lr_decay_ratio']:g} after {drops}" if drops else "constant learning rates",
         f"device: {', '.join(sorted(devices))}",
@@ -416,11 +463,12 @@ def report(sections, left_out, figures_from):
     """The whole output in Markdown; figures are linked relative to the folder `figures_from`, if it is given."""
     lines = []
     for section in sections:
-        lines += [f"### {data_label(section[0].any_run)}", "", describe(section), ""]
-        single = len(section) == 1 and all(len(cell.runs) == 1 for cell in section[0].cells.values())
-        if not single:  # one row of single runs: the details say it all
-            lines += [*overview(section), ""]
-        lines += [*details(section), ""]
+        what = ", choice of hyperparameters" if section[0].held_out else ""
+        lines += [f"### {data_label(section[0].any_run)}{what}", "", describe(section), ""]
+        if section[0].held_out:
+            lines += [*search(section), ""]
+        else:
+            lines += [*([] if is_small(section) else [*overview(section), ""]), *details(section), ""]
         for row in section:
             if row.figure and figures_from:
                 where = Path(os.path.relpath(row.figure, figures_from)).as_posix()
@@ -528,7 +576,7 @@ def limit_errors(panel, row):
 
 def draw_all(sections, target, x):
     """A figure for each row. `target` is a folder, or the one figure's file if it has a suffix."""
-    rows = [row for section in sections for row in section if row.started]
+    rows = [row for section in sections for row in section if row.started and not row.held_out]
     if target.suffix and len(rows) > 1:
         raise ValueError(f"There are {len(rows)} figures to draw: give --plots a directory instead of {target}.")
     names = set()

@@ -47,9 +47,9 @@ COMMON = {
     "seed": 0,
 }
 OF_METHOD = {
-    "SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4, "omega": None, "grad_clip": None},
-    "SGDG": {"lr": 0.01, "lrg": 0.2, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1},
-    "AdamG": {"lr": 0.01, "lrg": 0.05, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1},
+    "SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4, "omega": None, "grad_clip": None, "select": None},
+    "SGDG": {"lr": 0.01, "lrg": 0.2, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "select": "shape"},
+    "AdamG": {"lr": 0.01, "lrg": 0.05, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "select": "shape"},
 }
 
 
@@ -433,6 +433,7 @@ class TestBadCheckpoint:
             ("--lrg", "0.5", r"0\.05"),
             ("--epoch_step", "[2]", r"\[1\]"),
             ("--grad_clip", "none", r"0\.1"),
+            ("--select", "measured", "shape"),
             ("--seed", "1", "0"),
             ("--dtype", "bfloat16", "float32"),
         ],
@@ -520,6 +521,19 @@ class TestSummary:
         assert f"in all: {parameters:,} parameters" in outcome.out
         assert f"multiply-adds of one picture: {multiply_adds:,}" in outcome.out
         assert not list(tmp_path.iterdir())
+
+    def test_measured_weights_are_on_g_and_leave_the_generators_alone(self):
+        out = call("--summary", "--depth", 10, "--width", 10, "--optim_method", "SGDG", "--select", "measured").out
+        conv0 = re.findall(r"(\S*conv0)\.weight .* (on G\(1,n\).*)", out)
+        overcomplete = ("group0.block0.conv0", "on G(1,n), overcomplete")
+        others = [(name, "on G(1,n)") for name in ("conv0", "group1.block0.conv0", "group2.block0.conv0")]
+        assert sorted(conv0) == sorted([overcomplete, *others])
+        assert out.count("on G(1,n)") == 4 + 2  # and the two totals
+        assert max(map(len, out.splitlines())) <= 80
+        model = main.WideResNet(10, 1, 10)
+        state = main.torch.get_rng_state()
+        main.grassmann_param_groups(model, 0.1, 0.1, select="measured", loss_fn=main.random_loss)
+        assert main.torch.equal(main.torch.get_rng_state(), state)
 
     def test_of_a_folder_has_its_classes(self, pictures_root):
         out = call("--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", pictures_root).out

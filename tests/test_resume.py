@@ -91,6 +91,14 @@ class TestStop:
         assert (resumed.code, resumed.err) == (0, "")
         assert_same_run(save, finished[method][0])
 
+    def test_measured_layers_are_the_same_after_a_stop(self, tiny, tmp_path, monkeypatch):
+        measured = ("--select", "measured", "--depth", 10, "--width", 2)
+        whole, save = tmp_path / "whole", tmp_path / "run"
+        assert call(*tiny("SGDG", whole, *measured)).code == 0
+        stopped_run(tiny, monkeypatch, "SGDG", save, CHECKS + 1, *measured)
+        assert call("--resume", save).code == 0
+        assert_same_run(save, whole)
+
     @pytest.mark.parametrize("method", METHODS)
     def test_stopping_after_every_step(self, tiny, finished, tmp_path, monkeypatch, method):
         save, argv = tmp_path / "run", ["--resume", "auto"]

@@ -141,6 +141,45 @@ def test_a_grid_of_rates_is_a_row_for_each(tmp_path, capsys):
     assert [text.count(f"WRN-10-1 #{number} ") for number in (1, 2, 3, 4)] == [0, 2, 2, 0]  # in both tables
 
 
+def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_method(tmp_path, capsys):
+    errors = {("SGD", 0.1): 5.0, ("SGD", 0.2): 4.0, ("SGDG", 0.1): 7.0, ("SGDG", 0.2): 6.0, ("AdamG", 0.1): 9.0}
+    for (method, lr), error in errors.items():
+        write_run(tmp_path / f"runs/grid/{method}/lr{lr}", error, method, lr=lr, holdout=100)
+    write_run(tmp_path / "runs/result/SGD/seed0", 3.0, holdout=0)
+    text = output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures")
+    results, search = text.split("choice of hyperparameters")
+    assert ("3.00" in results, "3.00" in search) == (True, False)
+    lines = [[column.strip() for column in line.split("|")] for line in search.splitlines() if "WRN" in line]
+    assert [(line[3], line[4], line[7]) for line in lines] == [
+        ("SGD", "0.1", "5.00"),
+        ("SGD", "0.2", "**4.00**"),
+        ("SGD-G", "0.1", "7.00"),
+        ("SGD-G", "0.2", "**6.00**"),
+        ("Adam-G", "0.1", "9.00"),  # one set is no choice
+    ]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["result-digits-wrn-10-1.png"]
+
+
+def test_a_folder_named_after_data_and_network_is_no_experiment(tmp_path, capsys):
+    named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
+    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-1/SGD/seed0", 4.0, **named)
+    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-1-own/SGD/seed0", 5.0, **named)
+    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-10/SGD/seed0", 6.0, **named)
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert [cell["experiment"] for cell in cells] == ["", "cifar10-jpeg-wrn-10-10", "own"]
+
+
+def test_weights_on_g_by_measurement_are_another_cell_than_by_the_rule(tmp_path, capsys):
+    write_run(tmp_path / "runs/old", 4.0, "SGDG")  # before there was a choice
+    write_run(tmp_path / "runs/rule", 5.0, "SGDG", seed=1, select="shape")
+    write_run(tmp_path / "runs/measured", 6.0, "SGDG", select="measured")
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert [(cell["runs"], cell["other_options"]) for cell in cells] == [
+        ("1", "select measured"),
+        ("2", "select shape"),
+    ]
+
+
 def test_options_besides_the_rates_are_named_where_they_differ(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 4.0, dropout=0.0)
     write_run(tmp_path / "runs/b", 5.0, weight_decay=0.1)
@@ -190,6 +229,15 @@ def test_the_papers_networks_that_have_not_run_are_missing(tmp_path, capsys):
     for network in ("VGG-13", "VGG-19", "WRN-40-10"):
         (line,) = [line for line in text.splitlines() if network in line]
         assert line.count("missing; paper") == 3
+    write_run(tmp_path / "short/a", 4.0, data=CIFAR10, model="wrn-28-10", dataset="CIFAR10")
+    assert "WRN-40-10" in output(capsys, tmp_path / "short")
+    write_run(tmp_path / "small/a", 4.0, data=CIFAR10, dataset="CIFAR10")  # WRN-10-1 is none of the paper's
+    assert "WRN-40-10" not in output(capsys, tmp_path / "small")
+
+
+def test_a_missing_method_of_a_single_row_is_shown(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 4.0)
+    assert output(capsys, tmp_path / "runs").count("missing") == 2
 
 
 def test_figures_are_drawn_and_linked(tmp_path, capsys):
