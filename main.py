@@ -11,6 +11,7 @@ import time
 PROCESS_START = time.monotonic()  # --max_minutes counts from here: importing torch takes seconds
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -679,12 +680,14 @@ def print_evaluation(t: Training) -> None:
     nearest = logits.topk(min(5, logits.shape[1])).indices
     top5 = (nearest != labels[:, None]).all(1)
     part = f"{len(labels):,} {'held-out training' if t.options.holdout else 'test'} pictures of {t.data.name}"
-    print(f"{model_name(vars(t.options))} after {t.epoch} epochs, on {part}:")
+    steps = f" and {t.batch} steps" if t.batch else ""
+    print(f"{model_name(vars(t.options))} after {t.epoch} epochs{steps}, on {part}:")
     print(f"loss {cross_entropy(logits, labels):.4f}, top-1 error {100 * wrong.double().mean():.2f}%", end=", ")
     print(f"top-5 error {100 * top5.double().mean():.2f}%")
     for index, name in enumerate(t.data.classes):
         mine = wrong[labels == index].double()
-        print(f"  {name:30} {len(mine):7,} pictures  error {100 * mine.mean():6.2f}%")
+        error = f"error {100 * mine.mean():6.2f}%" if len(mine) else "no error to tell"
+        print(f"  {name:30} {len(mine):7,} pictures  {error}")
 
 
 def finish_epoch(t: Training, log: RunLog, test_loss: float, test_error: float, test_time: float) -> None:
@@ -873,6 +876,7 @@ def print_summary(options: argparse.Namespace) -> None:
     one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     t = Training(options, DataSet(data_name(vars(options)), picture, label, picture, label, classes, *one, flip=False))
     print_start(t)
+    t.forward = t.model  # not compiled: the operators are counted one by one
     with FlopCounterMode(display=False) as counter:
         next(test_logits(t))
     print(f"multiply-adds of one picture: {counter.get_total_flops() // 2:,}")
@@ -894,6 +898,8 @@ def run(argv: list[str] | None) -> int:
                 f"--epochs {options.epochs}: the checkpoint has {checkpoint['epoch']} finished epochs already"
             )
         print(f"nothing to do: the run has its {options.epochs} epochs")
+        with contextlib.suppress(OSError):  # a sweep knows a finished run by a checkpoint that is newer than the log
+            os.utime(options.save / CHECKPOINT)
         return 0
     # The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a search.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

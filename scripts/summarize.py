@@ -52,8 +52,9 @@ PAPER = {
     }),
 }  # fmt: skip
 
-# Options by their part in a table. Those of NO_RESULT change no result; those of SECTION must agree within a section
-# of the output, as data set and SHA-256 must; those of CELL belong to a method and may differ along a row. All
+# Options by their part in a table, beside data set, SHA-256, and whether a GPU was used: there float32 convolutions are
+# TF32, another precision. Those of NO_RESULT change no result; those of SECTION must agree within a section
+# of the output; those of CELL belong to a method and may differ along a row. All
 # others, also those added to main.py in the future, must agree along a row. Within a cell all of them agree.
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
 SECTION = ("dataset", "holdout", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
@@ -188,17 +189,21 @@ def require(mapping, names):
 
 def read_log(path):
     """The epochs of a log in order. What follows the last line end is still being written, and is left alone."""
-    records = {}
+    records, numbers = {}, ("epoch", "train_loss", "test_acc", "train_time", "test_time", "images_per_sec")
+    if not path.exists():  # the run has just begun
+        return []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         if line.startswith("json_stats:"):
             record = json.loads(line.removeprefix("json_stats:"))
-            require(record, ("epoch", "train_loss", "test_acc", "train_time", "test_time", "images_per_sec"))
+            require(record, numbers)
+            if not all(isinstance(record[name], (int, float)) for name in numbers):
+                raise ValueError("not all of its figures are numbers")
             records[record["epoch"]] = record
     return [records[epoch] for epoch in sorted(records)]
 
 
 def read_run(path, root):
-    """The run in directory `path`, found below `root`. Raises ValueError or OSError if it is unusable."""
+    """The run in directory `path`, found below `root`. Raises an error of UNUSABLE if it is that."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     require(config, ("options", "data", "model", "device"))
     options = config["options"]
@@ -225,18 +230,20 @@ def experiment_of(path, root, config):
     return "/".join(filter(None, parts))
 
 
+UNUSABLE = ValueError, TypeError, AttributeError, OSError  # the first is json's too; a type is wrong; no such file
+
+
 def read_runs(roots):
     """All runs below `roots`, and a sentence for each that is left out."""
     runs, left_out, seen = [], [], set()
     for root in roots:
-        for config in sorted(root.rglob("config.json")):
-            path = config.parent
-            if path.resolve() in seen or not (path / "log.txt").is_file():
+        for path in sorted({file.parent for name in ("config.json", "log.txt") for file in root.rglob(name)}):
+            if path.resolve() in seen:
                 continue
             seen.add(path.resolve())
             try:
                 runs.append(read_run(path, root))
-            except (ValueError, OSError) as error:  # json's errors are ValueErrors
+            except UNUSABLE as error:
                 left_out.append(f"{path}: its config.json or log.txt cannot be used ({error})")
     return runs, left_out
 
@@ -246,7 +253,8 @@ def read_runs(roots):
 
 def section_key(run):
     data = run.config["data"]
-    return data["name"], data["sha256"], json.dumps([run.options[name] for name in SECTION])
+    device = "CPU" if run.config["device"].endswith("CPU") else "GPU"
+    return data["name"], data["sha256"], device, json.dumps([run.options[name] for name in SECTION])
 
 
 def row_key(run):
@@ -487,7 +495,7 @@ def write_csv(path, sections):
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in r.items()} for r in records])
 
 
 # Figures
@@ -546,13 +554,18 @@ def draw(row, path, x):
     plt.close(figure)
 
 
+def marker(run):
+    """A single epoch makes no line."""
+    return "o" if len(run.epochs) == 1 else None
+
+
 def draw_cell(panel, cell, x, quantity):
     method = cell.options["optim_method"]
     colour, name = COLOURS[method], METHODS[method]
     horizontal, vertical = QUANTITIES[x], QUANTITIES[quantity]
     runs = [run for run in cell.runs + cell.unfinished if run.epochs]
     for run in runs:
-        panel.plot(horizontal(run), vertical(run), color=colour, linewidth=0.8, alpha=0.6)
+        panel.plot(horizontal(run), vertical(run), color=colour, linewidth=0.8, alpha=0.6, marker=marker(run))
     if cell.runs:
         steps = curve(cell.runs, horizontal)
         name += f" (median of {len(cell.runs)})" if len(cell.runs) > 1 else ""
@@ -577,7 +590,8 @@ def limit_errors(panel, row):
 def draw_all(sections, target, x):
     """A figure for each row. `target` is a folder, or the one figure's file if it has a suffix."""
     rows = [row for section in sections for row in section if row.started and not row.held_out]
-    if target.suffix and len(rows) > 1:
+    is_file = target.suffix and not target.is_dir()
+    if is_file and len(rows) > 1:
         raise ValueError(f"There are {len(rows)} figures to draw: give --plots a directory instead of {target}.")
     names = set()
     for row in rows:
@@ -586,7 +600,7 @@ def draw_all(sections, target, x):
         while name in names:  # another section or row of the same data set and network
             name = f"{stem}-{1 + sum(other.startswith(stem) for other in names)}"
         names.add(name)
-        row.figure = target if target.suffix else target / f"{name}.png"
+        row.figure = target if is_file else target / f"{name}.png"
         draw(row, row.figure, x)
 
 
@@ -594,7 +608,7 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, with the figures")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per cell there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per cell that has runs there")
     parser.add_argument("--plots", type=Path, metavar="DIR_OR_FILE", help="draw a figure per network and data set")
     parser.add_argument("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
     options = parser.parse_args(arguments)
@@ -622,6 +636,8 @@ def main(arguments=None):
         if options.csv:
             options.csv.parent.mkdir(parents=True, exist_ok=True)
             write_csv(options.csv, sections)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if options.plots:
@@ -629,4 +645,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -120,6 +120,10 @@ choose_devices() { # the array `gpus`, $jobs, and on the CPU each run's share of
     fi
 }
 
+say() { # also to a terminal that is gone, as after a lost connection: the runs must still be asked and waited for
+    echo "$1" 2>/dev/null || true
+}
+
 # worker SLOT: takes runs that no other worker has taken, until none is left or it is told to stop. main.py answers
 # the first SIGTERM by a checkpoint and the second by its end, so each one that comes here goes on exactly once.
 worker() {
@@ -130,7 +134,7 @@ worker() {
         if [ "$asked" -gt 0 ]; then return; fi
         mkdir "$state/$i" 2>/dev/null || continue # making a directory is atomic: one worker gets it
         if [ "${#flags[@]}" -eq 0 ] && finished "$i"; then continue; fi
-        echo "$(date +%T) start    ${directories[i]}"
+        say "$(date +%T) start    ${directories[i]}"
         if ! mkdir -p "${directories[i]}"; then
             echo 1 >"$state/$i/code"
             continue
@@ -138,19 +142,19 @@ worker() {
         bash -c "exec ${commands[i]}" >>"${directories[i]}/output.txt" 2>&1 </dev/null &
         child=$!
         pass_on
-        code=0
-        while kill -0 "$child" 2>/dev/null; do
+        while # a signal ends `wait`, not the run
             code=0
-            wait "$child" || code=$? # a signal ends `wait`, not the run
-        done
+            wait "$child" || code=$?
+            kill -0 "$child" 2>/dev/null
+        do :; done
         child=""
         if [ "$code" -ne 0 ] && [ "$asked" -eq 0 ]; then
             echo "$code" >"$state/$i/code"
-            echo "$(date +%T) failed   ${directories[i]}"
+            say "$(date +%T) failed   ${directories[i]}"
         elif finished "$i"; then
-            echo "$(date +%T) finished ${directories[i]}"
+            say "$(date +%T) finished ${directories[i]}"
         else
-            echo "$(date +%T) stopped  ${directories[i]}"
+            say "$(date +%T) stopped  ${directories[i]}"
         fi
     done
 }
@@ -164,8 +168,8 @@ pass_on() {
 
 stop() { # SIGNAL
     stopped_by=$1
-    echo "SIG$1: waiting for the runs to write their checkpoints (once more to end them at once)" >&2
     kill -TERM "${workers[@]}" 2>/dev/null || true
+    say "SIG$1: waiting for the runs to write their checkpoints (once more to end them at once)" >&2
 }
 
 run_cells() {
@@ -211,11 +215,11 @@ report() { # exit code: 0, 1 after a failure, 128 + signal
         if [ ! -f "$state/$i/code" ]; then continue; fi
         failures=$((failures + 1))
         output=${directories[i]}/output.txt
-        echo "failed with exit code $(cat "$state/$i/code"): $output: $(tail -n 1 "$output" 2>&1)" >&2
+        say "failed with exit code $(cat "$state/$i/code"): $output: $(tail -n 1 "$output" 2>&1)" >&2
     done
     done_now=$(count_finished)
-    echo "$done_now of ${#commands[@]} runs are finished, $failures failed"
-    if [ "$done_now" -lt "${#commands[@]}" ]; then echo "to continue: $again"; fi
+    say "$done_now of ${#commands[@]} runs are finished, $failures failed"
+    if [ "$done_now" -lt "${#commands[@]}" ]; then say "to continue: $again"; fi
     case $stopped_by in
     INT) return 130 ;; TERM) return 143 ;; HUP) return 129 ;;
     esac

@@ -1,10 +1,11 @@
 """The table scripts: which runs they start, that they skip, continue and report, and that they stop when asked.
 
 A sweep runs here in a copy of the scripts beside a stand-in for main.py that "trains" in no time: it appends a line
-to log.txt for each epoch, as the real one does. What the real one does with these commands is tested with it.
+to log.txt for each epoch, as the real one does. The last test runs the real one, on a small archive of CIFAR-10.
 """
 
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_data import write_archive
 
 import main
 
@@ -313,6 +315,75 @@ def test_a_signal_asks_each_run_once_and_the_sweep_goes_on_later(tree, number, c
     assert done.returncode == 0, done
     assert set(epochs_of(tree).values()) == {2}
     assert len(epochs_of(tree)) == 8
+
+
+def test_a_lost_terminal_asks_the_runs_too(tree):
+    """As after a dropped connection: the sweep can say nothing any more."""
+    (tree / "slow").touch()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe("bash", ["bash", str(tree / "scripts/table1_cifar.sh")], environment(SMALL | {"JOBS": 2}))
+    wait_for(lambda: len(list(tree.rglob("started"))) == 2)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert [path.read_text() for path in tree.rglob("asked")] == ["1", "1"]
+
+
+def test_a_run_that_fails_at_once_is_reported(tree):
+    setup = "python=/bin/false\ninstall_requirements() { :; }\n"
+    (tree / "scripts" / "setup.sh").write_text(setup)
+    done = sweep(tree, "table1", JOBS=2)
+    assert (done.returncode, done.stderr.count("failed with exit code 1")) == (1, 120)
+
+
+def test_the_real_thing_is_killed_and_continued(tree, monkeypatch):
+    """Lines of --print, and the sweep itself, with the real main.py on a small archive in CIFAR-10's format."""
+    from torchvision.datasets import CIFAR10
+
+    (tree / "data").mkdir()
+    write_archive("CIFAR10", tree / "data", monkeypatch)
+    checksums = {name: getattr(CIFAR10, name) for name in ("tgz_md5", "train_list", "test_list", "meta")}
+    (tree / "main.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from torchvision.datasets import CIFAR10
+for name, value in {checksums!r}.items():
+    setattr(CIFAR10, name, value)
+import main
+sys.exit(main.main())
+""")
+    small = {"MODELS": "wrn-10-1", "DATASETS": "CIFAR10", "METHODS": "SGDG", "SEEDS": "0", "EPOCHS": 40}
+    flags = ["--", "--batch_size", "4"]
+    (line,) = printed(tree, "table1", *flags, **small)
+    save = tree / "logs/table1/CIFAR10/wrn-10-1/SGDG/seed0"
+
+    def start():
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(["bash", "-c", line.replace("&& ", "&& exec ")], env=environment({}), **pipes)
+
+    first = start()
+    wait_for(lambda: (save / "log.txt").exists() and (save / "log.txt").read_text())
+    first.send_signal(signal.SIGSTOP)  # alive, but it does not get on
+    refused = start()
+    assert "is being written by process" in refused.communicate(timeout=60)[1]
+    assert refused.returncode == 1
+    first.send_signal(signal.SIGCONT)
+    first.kill()
+    first.communicate(timeout=20)
+    assert 0 < epochs_of(tree)[str(save.relative_to(tree))] < 40
+
+    second = start()
+    wait_for(lambda: "epoch " in second.stdout.readline())
+    second.terminate()
+    assert "stopped by SIGTERM" in second.communicate(timeout=20)[0]
+    done = sweep(tree, "table1", *flags, **small)
+    assert "1 of 1 runs are finished, 0 failed" in done.stdout, done
+    assert epochs_of(tree) == {str(save.relative_to(tree)): 40}
+
+    os.utime(save / "checkpoint.pt", (0, 0))  # as a copy that does not keep times: it looks older than the log
+    last = start()
+    assert "nothing to do" in last.communicate(timeout=60)[0]
+    assert "1 of 1 runs are finished; " in sweep(tree, "table1", **small).stdout
 
 
 def test_smoke_all_runs_each_network_with_each_method_and_names_what_fails(tree, tmp_path):
