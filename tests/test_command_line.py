@@ -545,12 +545,15 @@ def test_what_has_no_effect_is_said(tmp_path):
     assert out.startswith("note: --depth, --lrg has no effect on vgg-11 with SGD\n")
 
 
-def test_svhn_and_vgg_take_the_papers_values():
-    options, _ = main.parse_options(["--model", "vgg19", "--dataset", "SVHN", "--optim_method", "AdamG"])
-    assert (options.lr, options.lrg, options.bn_decay, options.dropout) == (0.001, 0.005, 0, 0)
+@pytest.mark.parametrize(
+    ("method", "rates"), [("SGD", (0.01, None, 5e-4)), ("SGDG", (0.001, 0.02, 0)), ("AdamG", (0.001, 0.005, 0))]
+)
+def test_svhn_and_vgg_take_the_papers_values(method, rates):
+    options, _ = main.parse_options(["--model", "vgg19", "--dataset", "SVHN", "--optim_method", method])
+    assert (options.lr, options.lrg, options.bn_decay) == rates
     assert (options.epochs, options.epoch_step, options.lr_decay_ratio) == (160, [60, 120], 0.1)
-    assert options.randomcrop_pad == 0
-    assert options.save == Path("logs/SVHN/vgg-19/AdamG/seed0")
+    assert (options.dropout, options.randomcrop_pad) == (0, 0)
+    assert options.save == Path(f"logs/SVHN/vgg-19/{method}/seed0")
     assert main.parse_options(["--dataset", "SVHN"])[0].dropout == 0.4
 
 

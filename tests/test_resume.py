@@ -87,6 +87,8 @@ class TestStop:
         state = load(save)
         assert (state["epoch"], state["batch"]) == (epochs, steps)
         assert len(log_lines(save)) == epochs
+        where = f"after {epochs} epochs and {steps} steps," if steps else f"after {epochs} epochs,"
+        assert where in call("--resume", save, "--eval").out
         resumed = call("--resume", save)
         assert (resumed.code, resumed.err) == (0, "")
         assert_same_run(save, finished[method][0])

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +17,19 @@ OPTIONS = {
     "optim_method": "SGD", "lr": 0.1, "lrg": None, "save": "x", "nthread": 1, "max_minutes": None,
 }  # fmt: skip
 RATES = {"SGD": {}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
+# The paper's tables: SGD, SGD-G and Adam-G on CIFAR-10, then on CIFAR-100; SVHN.
+PAPER_CIFAR = """
+vgg-13     5.88 5.87 6.05  26.17 25.29 24.89
+vgg-19     6.49 5.92 6.02  27.62 25.79 25.59
+wrn-28-10  3.89 3.85 3.78  18.66 18.19 18.30
+wrn-40-10  3.72 3.72 3.80  18.39 18.04 17.85
+"""
+PAPER_SVHN = """
+vgg-13    1.78 1.74 1.72
+vgg-19    1.94 1.81 1.77
+wrn-16-4  1.64 1.67 1.61
+wrn-22-8  1.64 1.63 1.55
+"""
 DIGITS = {"name": "digits", "train_images": 1437, "test_images": 360, "sha256": "a" * 64}
 CIFAR10 = {"name": "CIFAR10", "train_images": 50_000, "test_images": 10_000, "sha256": "c" * 64}
 PAPER_RUN = {"dataset": "CIFAR10", "epochs": 200, "epoch_step": [60, 120, 160]}
@@ -23,7 +39,7 @@ def write_run(path, error, method="SGD", *, data=DIGITS, model="wrn-10-1", writt
     """A run whose test error falls to `error` in the last epoch, with a better epoch just before it."""
     options = OPTIONS | {"optim_method": method} | RATES[method] | changes
     path.mkdir(parents=True)
-    config = {"options": options, "model": model, "data": data, "versions": {}, "device": "cpu", "git_commit": None}
+    config = {"options": options, "model": model, "data": data, "device": "x86_64 CPU"}
     (path / "config.json").write_text(json.dumps(config))
     with (path / "log.txt").open("w") as log:
         for epoch in range(1, (options["epochs"] if written is None else written) + 1):
@@ -220,6 +236,15 @@ def test_the_papers_number_stands_beside_ours_only_where_it_may(tmp_path, capsys
     assert (archive["paper"], archive["difference"]) == ("", "")
 
 
+def test_the_papers_tables():
+    rows = [line.split() for line in PAPER_CIFAR.strip().splitlines()]
+    cifar = {network: tuple(map(float, numbers)) for network, *numbers in rows}
+    svhn = {network: tuple(map(float, numbers)) for network, *numbers in map(str.split, PAPER_SVHN.strip().split("\n"))}
+    assert summarize.PAPER["CIFAR10"].errors == {network: numbers[:3] for network, numbers in cifar.items()}
+    assert summarize.PAPER["CIFAR100"].errors == {network: numbers[3:] for network, numbers in cifar.items()}
+    assert summarize.PAPER["SVHN"].errors == svhn
+
+
 def test_the_papers_networks_that_have_not_run_are_missing(tmp_path, capsys):
     for seed in range(2):
         run = tmp_path / f"runs/seed{seed}"
@@ -260,6 +285,9 @@ def test_rows_of_one_network_get_figures_of_their_own(tmp_path, capsys):
         write_run(tmp_path / f"runs/{index}", 4.0, lr=0.1 * (1 + index))
     output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures")
     assert len(list((tmp_path / "figures").iterdir())) == 3
+    (tmp_path / "figures.v2").mkdir()
+    output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures.v2")
+    assert len(list((tmp_path / "figures.v2").iterdir())) == 3
     with pytest.raises(SystemExit, match="3 figures"):
         summarize.main([str(tmp_path / "runs"), "--plots", str(tmp_path / "one.png")])
 
@@ -272,6 +300,61 @@ def test_a_run_that_cannot_be_read_is_left_out_and_said(tmp_path, capsys):
     assert f"{tmp_path / 'runs/torn'}: its config.json" in text
     assert f"{tmp_path / 'runs/old'}: its config.json" in text
     assert "it has no data, model, device" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "5"),
+        ("config.json", '{"options": [], "data": {}, "model": "m", "device": "CPU"}'),
+        ("config.json", '{"options": null, "data": null, "model": "m", "device": "CPU"}'),
+        ("config.json", None),
+        ("log.txt", "json_stats: 5\n"),
+        ("log.txt", "json_stats: {}\n"),
+    ],
+)
+def test_whatever_is_in_a_file_the_others_are_shown(tmp_path, capsys, file, content):
+    write_run(tmp_path / "runs/good", 4.0)
+    odd = write_run(tmp_path / "runs/odd", 5.0) / file
+    odd.unlink() if content is None else odd.write_text(content)
+    text = output(capsys, tmp_path / "runs")
+    assert "4.00" in text
+    assert f"- {tmp_path / 'runs/odd'}: its config.json or log.txt cannot be used" in text
+
+
+def test_a_figure_that_is_no_number_makes_a_log_unusable(tmp_path, capsys):
+    write_run(tmp_path / "runs/good", 4.0)
+    log = write_run(tmp_path / "runs/odd", 5.0) / "log.txt"
+    log.write_text(log.read_text().replace('"test_acc": 95.0', '"test_acc": null'))
+    assert "not all of its figures are numbers" in output(capsys, tmp_path / "runs")
+
+
+def test_a_run_that_has_just_begun_has_no_log_yet(tmp_path, capsys):
+    (write_run(tmp_path / "runs/a", 4.0) / "log.txt").unlink()
+    assert "unfinished (0 of 5 epochs)" in output(capsys, tmp_path / "runs")
+
+
+def test_a_gpu_is_another_precision(tmp_path, capsys):
+    """Its float32 convolutions are TF32."""
+    write_run(tmp_path / "runs/a", 4.0)
+    config = write_run(tmp_path / "runs/b", 8.0, seed=1) / "config.json"
+    config.write_text(config.read_text().replace('"device": "x86_64 CPU"', '"device": "NVIDIA H200"'))
+    assert [cell["runs"] for cell in records(tmp_path, capsys, tmp_path / "runs")] == ["1", "1"]
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--markdown", "--plots"])
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, flag):
+    write_run(tmp_path / "runs/a", 4.0)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file"):
+        summarize.main([str(tmp_path / "runs"), flag, str(tmp_path / "file" / "x")])
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    write_run(tmp_path / "runs/a", 4.0)
+    command = f"{shlex.quote(sys.executable)} -u {summarize.__file__} {shlex.quote(str(tmp_path / 'runs'))} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_nothing_to_read_is_one_sentence(tmp_path, capsys):
