@@ -12,6 +12,7 @@ PROCESS_START = time.monotonic()  # --max_minutes counts from here: importing to
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -414,15 +415,21 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 class GrassmannProbe:
     """What a step does on G(1,n), layer by layer: angle moved, share of rows clipped, |cos| between different rows.
 
-    Sits on the optimizer's step hooks and measures the steps before which `active` is set. Sums stay on the device.
+    Sits on the optimizer's step hooks and measures the steps before which `active` is set. Sums stay on the device. For
+    SGD, which has nothing on G(1,n), it takes the directions of the layers that the paper's rule would put there.
     """
 
     NAMES = ("angle_degrees", "clipped_share", "row_cosine")
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device):
-        names = {p: name.removesuffix(".weight") for name, p in model.named_parameters()}
-        groups = [group for group in optimizer.param_groups if group.get("grassmann")]
-        self.layers = [(names[p], p, group) for group in groups for p in group["params"]]
+        group_of = {p: group for group in optimizer.param_groups if group.get("grassmann") for p in group["params"]}
+        names = {p: name for name, p in model.named_parameters()}
+        if not group_of:
+            twin = copy.deepcopy(model)  # its rows are set to unit norm
+            chosen = {p for group in grassmann_param_groups(twin, 0, 0) if group["grassmann"] for p in group["params"]}
+            same = zip(model.parameters(), twin.parameters(), strict=True)
+            group_of = {p: {"omega": 0.0, "grad_clip": None} for p, its_twin in same if its_twin in chosen}
+        self.layers = [(names[p].removesuffix(".weight"), p, group) for p, group in group_of.items()]
         self.active = False
         self.steps = 0
         self.sums = torch.zeros(len(self.layers), len(self.NAMES), device=device)

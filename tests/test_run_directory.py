@@ -123,7 +123,7 @@ class TestTensorBoard:
         layers = ["conv0"] + [f"group{i}.block0.conv{j}" for i in range(3) for j in (0, 1)]
         wanted = {f"per_layer_{name}/{layer}" for name in main.GrassmannProbe.NAMES for layer in layers}
         found = {tag for tag in events.Tags()["scalars"] if tag.startswith("per_layer")}
-        assert found == (set() if method == "SGD" else wanted)
+        assert found == wanted  # SGD's too: the directions of the same layers
         for tag in found:
             assert [e.step for e in events.Scalars(tag)] == [1, 2]
 
@@ -355,6 +355,21 @@ class TestProbe:
     def orthonormal(self, rows=6, n=16):
         q, _ = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))
         return q[:rows].reshape(rows, 4, n // 4).contiguous(), q[rows : 2 * rows].reshape(rows, 4, n // 4)
+
+    def test_sgd_is_measured_on_the_layers_that_the_rule_would_take(self):
+        y, tangent = self.orthonormal()
+        layer, overcomplete = nn.Conv2d(1, 6, (4, 4), bias=False), nn.Conv2d(6, 6, 1, bias=False)
+        layer.weight.data, layer.weight.grad = 2 * y[:, None], 3 * tangent[:, None]
+        model = nn.Sequential(layer, overcomplete)
+        optimizer = torch.optim.SGD([layer.weight], lr=0.1)
+        probe = main.GrassmannProbe(model, optimizer, torch.device("cpu"))
+        probe.active = True
+        optimizer.step()
+        means, layers = probe.read()
+        assert torch.linalg.vector_norm(layer.weight.flatten(1), dim=1).min() > 2  # nothing was set to unit norm
+        assert means["angle_degrees"] == pytest.approx(math.degrees(math.atan(0.1 * 3 / 2)), rel=1e-4)
+        assert (means["clipped_share"], means["row_cosine"]) == (0, pytest.approx(0, abs=1e-6))
+        assert {tag.split("/")[1] for tag in layers} == {"0"}
 
     def test_a_clipped_step_moves_by_the_rate_times_the_threshold(self):
         y, tangent = self.orthonormal()
