@@ -581,10 +581,11 @@ def draw_cell(panel, cell, x, quantity):
 
 
 def limit_errors(panel, row):
-    """Cuts off the first epochs' errors and what is below the lowest: the last ones should be told apart."""
+    """Cuts off the first epochs' errors, and what is far below the lowest: the last ones should be told apart."""
     runs = [run for cell in row.cells.values() for run in cell.runs + cell.unfinished]
     later = [e for run in runs for e in QUANTITIES["Test error (%)"](run)[len(run.epochs) // 5 :]]
-    panel.set_ylim(0.9 * min(later, default=0), 1.1 * max(later, default=100) or 1)
+    low, high = min(later, default=0), max(later, default=100)
+    panel.set_ylim(0.9 * low if low > high / 4 else 0, 1.1 * high or 1)
 
 
 def draw_all(sections, target, x):
