@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from resnet import initialize
+
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # of each group
 
@@ -71,13 +73,3 @@ def without_scale(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
     del bn.weight
     bn.register_buffer("weight", scale, persistent=False)
     return bn
-
-
-@torch.no_grad()
-def initialize(model: nn.Module) -> None:
-    """He-normal weights (He et al., 2015, fan_in), zero biases; drawn from torch's default generator."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
