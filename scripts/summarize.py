@@ -365,14 +365,13 @@ def unfinished_text(cell):
 
 def details(section):
     """A Markdown table with a line for each cell, and the best method of a row in bold."""
-    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs"]
-    header += ["Test error (%)", "Min", "Max", "Paper (%)", "Difference", "Training loss", "Images/s"]
+    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs", "Test error (%)", "Min", "Max"]
+    header += ["Paper (%)", "Difference", "Training loss", "Images/s"]
     lines = []
     for row in section:
         for method, cell in sorted(row.cells.items(), key=lambda item: list(METHODS).index(item[0])):
             s = summary(row, cell, section)
             line = [row.label, *common_columns(s, cell, method in row.best())]
-            line += [text(s[name], ".2f") if s["runs"] > 1 else "" for name in ("min", "max")]
             line += [text(s["paper"], ".2f"), text(s["difference"], "+.2f")]
             lines.append([*line, text(s["train_loss"], ".4f"), text(s["images_per_sec"], ",.0f")])
     return markdown_table(header, lines)
@@ -381,7 +380,7 @@ def details(section):
 def search(section):
     """What `details` is for results, for hyperparameters: method by method, with its best set in bold."""
     header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs"]
-    header += ["Held-out error (%)", "Training loss"]
+    header += ["Held-out error (%)", "Min", "Max", "Training loss"]
     sets = defaultdict(dict)
     for number, row in enumerate(section):
         for method, cell in row.cells.items():
@@ -397,10 +396,11 @@ def search(section):
 
 
 def common_columns(s, cell, is_best):
-    """From the experiment to the error."""
+    """From the experiment to the error and its range."""
     error = bold(text(s["test_error"], ".2f"), is_best) if cell.runs else unfinished_text(cell)
     runs = f"{s['runs']}" + (f" (+{s['unfinished']} unfinished)" if cell.unfinished else "")
-    return [s["experiment"], s["method"], text(s["lr"]), text(s["lrg"]), s["other_options"], runs, error]
+    spread = [text(s[name], ".2f") if s["runs"] > 1 else "" for name in ("min", "max")]
+    return [s["experiment"], s["method"], text(s["lr"]), text(s["lrg"]), s["other_options"], runs, error, *spread]
 
 
 def overview(section):

@@ -161,17 +161,18 @@ def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_metho
     errors = {("SGD", 0.1): 5.0, ("SGD", 0.2): 4.0, ("SGDG", 0.1): 7.0, ("SGDG", 0.2): 6.0, ("AdamG", 0.1): 9.0}
     for (method, lr), error in errors.items():
         write_run(tmp_path / f"runs/grid/{method}/lr{lr}", error, method, lr=lr, holdout=100)
+    write_run(tmp_path / "runs/grid/SGD/lr0.2-seed1", 4.5, "SGD", lr=0.2, holdout=100, seed=1)
     write_run(tmp_path / "runs/result/SGD/seed0", 3.0, holdout=0)
     text = output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures")
     results, search = text.split("choice of hyperparameters")
     assert ("3.00" in results, "3.00" in search) == (True, False)
     lines = [[column.strip() for column in line.split("|")] for line in search.splitlines() if "WRN" in line]
-    assert [(line[3], line[4], line[7]) for line in lines] == [
-        ("SGD", "0.1", "5.00"),
-        ("SGD", "0.2", "**4.00**"),
-        ("SGD-G", "0.1", "7.00"),
-        ("SGD-G", "0.2", "**6.00**"),
-        ("Adam-G", "0.1", "9.00"),  # one set is no choice
+    assert [(line[3], line[4], *line[6:10]) for line in lines] == [
+        ("SGD", "0.1", "1", "5.00", "", ""),
+        ("SGD", "0.2", "2", "**4.25**", "4.00", "4.50"),
+        ("SGD-G", "0.1", "1", "7.00", "", ""),
+        ("SGD-G", "0.2", "1", "**6.00**", "", ""),
+        ("Adam-G", "0.1", "1", "9.00", "", ""),  # one set is no choice
     ]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["result-digits-wrn-10-1.png"]
 
