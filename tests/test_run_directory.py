@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,16 @@ class TestCheckpoint:
             ]
             assert max(map(len, evaluated.out.splitlines())) <= 80
         assert contents(save) == before
+
+    def test_top5_counts_the_five_most_likely_of_more_classes(self, capsys):
+        logits = torch.arange(8.0).repeat(4, 1)  # 7 is the most likely class, 3 the fifth
+        data = SimpleNamespace(name="eight", classes=tuple("abcdefgh"))
+        options = SimpleNamespace(holdout=0, model="resnet", depth=10, width=1)
+        t = SimpleNamespace(data=data, options=options, epoch=1, batch=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main, "test_logits", lambda t: [(logits, torch.tensor([7, 3, 2, 0]))])
+            main.print_evaluation(t)
+        assert "top-1 error 75.00%, top-5 error 50.00%" in capsys.readouterr().out
 
     @pytest.mark.parametrize("method", METHODS)
     def test_bfloat16_trains_on_the_cpu(self, tiny, finished, tmp_path, method):

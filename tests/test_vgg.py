@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, relu
 
 from grassmann_optimizer import grassmann_param_groups, scale_invariance
 from vgg import VGG
@@ -98,6 +98,46 @@ def test_batch_normalization_computes_what_torchs_own_does_with_a_scale_of_one()
     x = torch.randn(4, 64, 5, 5)
     for mode in (True, False):
         assert torch.equal(bn.train(mode)(x), reference.train(mode)(x))
+
+
+PAPERS_LAYERS = {
+    11: "64 M 128 M 256 256 M 512 512 M 512 512 M",
+    13: "64 64 M 128 128 M 256 256 M 512 512 M 512 512 M",
+    16: "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
+    19: "64 64 M 128 128 M 256 256 256 256 M 512 512 512 512 M 512 512 512 512 M",
+}  # M: a 2x2 max pool
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_computes_what_the_paper_describes(depth, training):
+    """Layer by layer with functions, from the list above: zero padding, BN with a shift only, ReLU, max pool."""
+    torch.manual_seed(depth)
+    model = VGG(depth, 10).double().train(training)
+    for bn in norms(model):
+        for tensor in (bn.bias, bn.running_mean):
+            tensor.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = iter([tensor for name, tensor in state.items() if "conv" in name or name in ("fc0.weight", "fc1.weight")])
+    shifts = iter([(tensor, name.removesuffix("bias")) for name, tensor in state.items() if name.endswith("bias")])
+
+    def normalized(h):
+        shift, name = next(shifts)
+        return relu(batch_norm(h, state[f"{name}running_mean"], state[f"{name}running_var"], None, shift, training))
+
+    x = h = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for layer in PAPERS_LAYERS[depth].split():
+        if layer == "M":
+            h = max_pool2d(h, 2)
+        else:
+            h = normalized(conv2d(h, next(weights), padding=1))
+            assert h.shape[1] == int(layer)
+    h = h.reshape(4, 512)
+    for _ in range(2):
+        h = normalized(linear(h, next(weights)))
+    torch.testing.assert_close(model(x), linear(h, state["fc.weight"], state["fc.bias"]), rtol=1e-10, atol=1e-10)
 
 
 def test_can_be_compiled():
