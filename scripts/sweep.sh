@@ -132,7 +132,10 @@ worker() {
     if [ "${#gpus[@]}" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}; fi
     for i in "${!commands[@]}"; do
         if [ "$asked" -gt 0 ]; then return; fi
-        mkdir "$state/$i" 2>/dev/null || continue # making a directory is atomic: one worker gets it
+        if ! mkdir "$state/$i" 2>/dev/null; then # making a directory is atomic: one worker gets it
+            if [ -d "$state/$i" ]; then continue; fi
+            return # no other worker has it either, so the report will miss it
+        fi
         if [ "${#flags[@]}" -eq 0 ] && finished "$i"; then continue; fi
         say "$(date +%T) start    ${directories[i]}"
         if ! mkdir -p "${directories[i]}"; then
@@ -174,7 +177,8 @@ stop() { # SIGNAL
 
 run_cells() {
     local slot signal worker_pid
-    state=$(mktemp -d)
+    mkdir -p "logs/$table"
+    state=$(mktemp -d "logs/$table/.sweep.XXXXXX") # not in /tmp, where files are removed while a sweep goes on for days
     trap 'rm -rf "$state"' EXIT
     stopped_by=""
     workers=()
@@ -212,6 +216,10 @@ same_command() { # as the user has to type it again
 report() { # exit code: 0, 1 after a failure, 128 + signal
     local i output failures=0 done_now
     for i in "${!commands[@]}"; do
+        if [ ! -d "$state/$i" ] && [ -z "$stopped_by" ] && ! finished "$i"; then
+            failures=$((failures + 1))
+            say "not started, or lost sight of, as $state was removed or cannot be written: ${directories[i]}" >&2
+        fi
         if [ ! -f "$state/$i/code" ]; then continue; fi
         failures=$((failures + 1))
         output=${directories[i]}/output.txt

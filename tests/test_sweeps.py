@@ -46,7 +46,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 if Path("slow").exists():
     (save / "started").touch()
     deadline = time.time() + 20
-    while not asked and time.time() < deadline:
+    while not asked and Path("slow").exists() and time.time() < deadline:
         time.sleep(0.01)
 if asked:
     time.sleep(0.2)
@@ -277,12 +277,12 @@ def test_nvidia_smi_tells_the_gpus(tree, tmp_path):
     process = subprocess.Popen(["bash", tree / "scripts/table1_cifar.sh"], env=settings, stdout=subprocess.DEVNULL)
     wait_for(lambda: len(list(tree.rglob("started"))) == 2)
     process.terminate()
-    assert process.wait(timeout=20) == 143
+    assert process.wait(timeout=60) == 143
     assert sorted(call.gpu for call in calls(tree)) == ["0", "1"]
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -303,7 +303,7 @@ def test_a_signal_asks_each_run_once_and_the_sweep_goes_on_later(tree, number, c
     )
     wait_for(lambda: len(list(tree.rglob("started"))) == 2)
     (os.killpg if group else os.kill)(process.pid, number)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == code
     assert [path.read_text() for path in tree.rglob("asked")] == ["1", "1"]
     assert len(calls(tree)) == 2  # nothing was started afterwards
@@ -327,6 +327,24 @@ def test_a_lost_terminal_asks_the_runs_too(tree):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert [path.read_text() for path in tree.rglob("asked")] == ["1", "1"]
+
+
+def test_runs_that_nobody_started_are_reported(tree):
+    """As when a cleaner removes what the workers share."""
+    (tree / "slow").touch()
+    command = ["bash", str(tree / "scripts" / TABLES["table1"])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(SMALL), **pipes)
+    wait_for(lambda: list(tree.rglob("started")))
+    shutil.rmtree(next(tree.glob("logs/table1/.sweep.*")))
+    (tree / "slow").unlink()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "1 of 8 runs are finished, 7 failed" in out
+    assert err.count("not started") == 7
+    again = sweep(tree, "table1", **SMALL)
+    assert (again.returncode, len(epochs_of(tree))) == (0, 8)
+    assert not list(tree.glob("logs/table1/.sweep.*"))
 
 
 def test_a_run_that_fails_at_once_is_reported(tree):
@@ -369,13 +387,13 @@ sys.exit(main.main())
     assert refused.returncode == 1
     first.send_signal(signal.SIGCONT)
     first.kill()
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
     assert 0 < epochs_of(tree)[str(save.relative_to(tree))] < 40
 
     second = start()
     wait_for(lambda: "epoch " in second.stdout.readline())
     second.terminate()
-    assert "stopped by SIGTERM" in second.communicate(timeout=20)[0]
+    assert "stopped by SIGTERM" in second.communicate(timeout=60)[0]
     done = sweep(tree, "table1", *flags, **small)
     assert "1 of 1 runs are finished, 0 failed" in done.stdout, done
     assert epochs_of(tree) == {str(save.relative_to(tree)): 40}
@@ -384,6 +402,12 @@ sys.exit(main.main())
     last = start()
     assert "nothing to do" in last.communicate(timeout=60)[0]
     assert "1 of 1 runs are finished; " in sweep(tree, "table1", **small).stdout
+
+    (save / "checkpoint.pt").unlink()  # to free the disk: the log alone is enough
+    last = start()
+    assert "nothing to do" in last.communicate(timeout=60)[0]
+    assert last.returncode == 0
+    assert "1 of 1 runs are finished, 0 failed" in sweep(tree, "table1", *flags, **small).stdout
 
 
 def test_smoke_all_runs_each_network_with_each_method_and_names_what_fails(tree, tmp_path):
