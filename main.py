@@ -288,7 +288,8 @@ def parse_options(argv: list[str] | None, again: bool = False) -> tuple[argparse
     check_options(options)
     unused = [f"--{name}" for name in given if options[name] is None and given[name] is not None]
     if unused and not again:
-        print(f"note: {', '.join(unused)} has no effect on {model_name(options)} with {options['optim_method']}")
+        text = f"note: {', '.join(unused)} has no effect on {model_name(options)} with {options['optim_method']}"
+        print(text, flush=True)  # ahead of what may go to standard error, where both go to one file
     return argparse.Namespace(**options, **call), checkpoint
 
 
@@ -592,7 +593,7 @@ class Training:
             reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
             raise UserError(f"the checkpoint is of another model or not whole ({reason}); start a new run") from error
         if changed:
-            print(f"note: the last bits of the result may differ: {'; '.join(changed)}")
+            print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)
 
 
 def run_options(options: argparse.Namespace) -> dict:
@@ -602,8 +603,14 @@ def run_options(options: argparse.Namespace) -> dict:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """What decides the last bits of a result besides the options."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    cuda = device.type == "cuda"
+    tf32 = cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "float32_convolutions": "TF32" if tf32 else "float32",
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- one epoch
@@ -816,6 +823,17 @@ def claim_directory(save: Path, resume: str | None) -> BinaryIO:
     return lock_directory(save)
 
 
+def has_all_epochs(options: argparse.Namespace) -> bool:
+    """Whether a run with these options has logged its last epoch in --save, as when its checkpoint was removed."""
+    try:
+        stored = json.loads((options.save / CONFIG).read_text())["options"]
+        epochs = (options.save / LOG).read_text().count("\n")
+    except (OSError, ValueError, KeyError):
+        return False
+    same = all(stored.get(name) == value for name, value in run_options(options).items() if name not in MAY_CHANGE)
+    return same and epochs == options.epochs
+
+
 def write_config(t: Training) -> None:
     """config.json: options, versions, device, git commit, and the data by size and hash."""
     data = t.data
@@ -894,6 +912,9 @@ def run(argv: list[str] | None) -> int:
     options, checkpoint = parse_options(argv)
     if options.summary:
         print_summary(options)
+        return 0
+    if options.resume == "auto" and not checkpoint and has_all_epochs(options):
+        print(f"nothing to do: the run has its {options.epochs} epochs, and no checkpoint any more")
         return 0
     lock = None if options.eval else claim_directory(options.save, options.resume)
     if lock and options.resume:

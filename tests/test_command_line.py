@@ -498,6 +498,34 @@ def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
     assert contents(save) == before
 
 
+def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
+    save = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
+    (save / "checkpoint.pt").unlink()
+    before = contents(save)
+    outcome = call(*tiny("SGDG", save, "--resume", "auto"))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("nothing to do: the run has its 2 epochs")
+    for odd in (["--epochs", 3], ["--lr", 0.3]):
+        assert_one_sentence(call(*tiny("SGDG", save, *odd, "--resume", "auto")), 2, "no checkpoint")
+    (save / "config.json").write_text("{")
+    assert_one_sentence(call(*tiny("SGDG", save, "--resume", "auto")), 2, "no checkpoint")
+    (save / "config.json").write_bytes(before["config.json"])
+    assert contents(save) == before
+
+
+def test_the_error_is_the_last_line_where_all_goes_to_one_file(tmp_path):
+    """Python keeps what it prints to a file in a buffer; a sweep reports the file's last line as the cause."""
+    words = ["--lrg", "0.1", "--dataset", "folder", "--dataroot", "nowhere", "--save", tmp_path / "run"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, main.__file__, *words]
+    with (tmp_path / "output.txt").open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=clean, timeout=120)
+    assert done.returncode == 1
+    note, error = (tmp_path / "output.txt").read_text().splitlines()
+    assert note.startswith("note: --lrg has no effect")
+    assert error.startswith("main.py: error: ")
+
+
 def test_a_directory_is_itself_by_any_name(finished, tmp_path, monkeypatch):
     save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
