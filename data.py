@@ -83,13 +83,12 @@ class DataSet:
         return digest.hexdigest()
 
 
-def load_data(dataset: str, dataroot, dataset_name: str | None = None, nthread: int = 2) -> DataSet:
+def load_data(dataset: str, dataroot, dataset_name: str | None = None) -> DataSet:
     """Load one of `DATASETS` whole into memory.
 
     `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for digits).
-    `dataset_name` is what a folder is called in logs (default "folder"; the others have a name). `nthread`
-    threads decode a folder's pictures. Raises UserError for data that are missing, broken or cannot be
-    downloaded.
+    `dataset_name` is what a folder is called in logs (default "folder"; the others have a name). Raises UserError
+    for data that are missing, broken or cannot be downloaded.
     """
     root = Path(dataroot).expanduser()
     if dataset in CIFAR_STATISTICS:
@@ -99,7 +98,7 @@ def load_data(dataset: str, dataroot, dataset_name: str | None = None, nthread: 
     if dataset == "digits":
         return _load_digits()
     if dataset == "folder":
-        return _load_folder(root, dataset_name or "folder", nthread)
+        return _load_folder(root, dataset_name or "folder")
     raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
 
 
@@ -213,14 +212,14 @@ def _load_digits() -> DataSet:
     return DataSet("digits", images[train], labels[train], images[test], labels[test], classes, mean, std, flip=False)
 
 
-def _load_folder(root: Path, name: str, nthread: int) -> DataSet:
+def _load_folder(root: Path, name: str) -> DataSet:
     """`root`/{train,test}/<class>/<picture>: classes and pictures sorted by name, hidden ones left out."""
     classes = _class_names(root / "train")
     if (found := _class_names(root / "test")) != classes:
         odd = ", ".join(sorted(set(classes) ^ set(found)))
         raise UserError(f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}")
     parts = {part: _find_pictures(root / part, classes) for part in ("train", "test")}
-    train_images, test_images = (_decode(paths, nthread) for paths, _ in parts.values())
+    train_images, test_images = (_decode(paths) for paths, _ in parts.values())
     mean, std = channel_statistics(train_images)
     return DataSet(
         name=name,
@@ -268,8 +267,8 @@ def _find_pictures(directory: Path, classes: tuple[str, ...]) -> tuple[list[Path
     return paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
 
 
-def _decode(paths: list[Path], nthread: int) -> np.ndarray:
-    """All pictures as (N, 32, 32, 3) uint8 RGB, read and decoded by `nthread` threads (at least one)."""
+def _decode(paths: list[Path]) -> np.ndarray:
+    """All pictures as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
     chunk = 128  # pictures per task, so that handing out tasks costs nothing
 
@@ -277,7 +276,7 @@ def _decode(paths: list[Path], nthread: int) -> np.ndarray:
         for index in range(start, min(start + chunk, len(paths))):
             images[index] = _read_picture(paths[index])
 
-    with ThreadPoolExecutor(max(1, nthread)) as pool:
+    with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(0, len(paths), chunk)):
             pass  # in order, so the first broken picture is the one that is reported
     return images
