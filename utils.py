@@ -108,7 +108,8 @@ def lock_directory(directory: Path) -> BinaryIO:
         file.close()
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise UserError(
-                f"{directory} cannot be locked ({error.strerror}); choose a --save on a local disk (or make its folder a link to one)"
+                f"{directory} cannot be locked ({error.strerror}); "
+                "choose a --save on a local disk, or make a folder above it a link to one"
             ) from error
         raise UserError(
             f"{directory} is being written by {holder}; wait for it, or choose another --save "

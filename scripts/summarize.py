@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from urllib.parse import quote
 
 METHODS = {"SGD": "SGD", "SGDG": "SGD-G", "AdamG": "Adam-G"}
 COLOURS = {"SGD": "#000000", "SGDG": "#0072B2", "AdamG": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
@@ -52,10 +53,10 @@ PAPER = {
     }),
 }  # fmt: skip
 
-# Options by their part in a table, beside data set, SHA-256, and whether a GPU was used: there float32 convolutions are
-# TF32, another precision. Those of NO_RESULT change no result; those of SECTION must agree within a section
-# of the output; those of CELL belong to a method and may differ along a row. All
-# others, also those added to main.py in the future, must agree along a row. Within a cell all of them agree.
+# Options by their part in a table, beside data set, SHA-256, and the precision of float32 convolutions (TF32 on many
+# GPUs). Those of NO_RESULT change no result; those of SECTION must agree within a section of the output; those of CELL
+# belong to a method and may differ along a row. All others, also those added to main.py in the future, must agree along
+# a row. Within a cell all of them agree.
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
 SECTION = ("dataset", "holdout", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
 CELL = ("optim_method", "lr", "lrg", "momentum", "weight_decay", "bn_decay", "omega", "grad_clip", "select")
@@ -217,17 +218,17 @@ def read_run(path, root):
 
 
 def experiment_of(path, root, config):
-    """Below `logs`, `tuned/cifar10/wrn-10-1/SGD/seed0` and `cifar10-wrn-10-1-tuned/SGD/seed0` are both `tuned`."""
+    """Below `logs`, `own-rates/CIFAR10/wrn-10-1/SGD/seed0` is of the experiment `own-rates`."""
     options = config["options"]
     names = (options["dataset"], config["data"]["name"], config["model"], options.get("model"), options["optim_method"])
-    known = {str(name).lower() for name in names}
-    parts = list(path.relative_to(root).parts)[:-1]  # the last one is the run's own name, whatever it says
-    while parts and parts[-1].lower() in known:
-        parts.pop()
-    words = re.findall("[a-z0-9]", f"{config['data']['name']}{config['model']}".lower())
-    cell = re.compile("[^a-z0-9]*".join(words) + "(?![a-z0-9])[^a-z0-9]*", re.IGNORECASE)
-    parts = [cell.sub("", part, count=1) if cell.match(part) else part for part in parts]
-    return "/".join(filter(None, parts))
+    known = {letters(str(name)) for name in names}
+    parts = path.relative_to(root).parts[:-1]  # the last one is the run's own name, whatever it says
+    return "/".join(part for part in parts if letters(part) not in known)
+
+
+def letters(name):
+    """What data sets and networks are told apart by: the folder `cifar10-jpeg` is for CIFAR-10 (JPEG)."""
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 UNUSABLE = ValueError, TypeError, AttributeError, OSError  # the first is json's too; a type is wrong; no such file
@@ -237,10 +238,15 @@ def read_runs(roots):
     """All runs below `roots`, and a sentence for each that is left out."""
     runs, left_out, seen = [], [], set()
     for root in roots:
-        for path in sorted({file.parent for name in ("config.json", "log.txt") for file in root.rglob(name)}):
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            path = Path(folder)
             if path.resolve() in seen:
+                subfolders.clear()  # or a link to a folder above would lead round and round
                 continue
             seen.add(path.resolve())
+            subfolders.sort()
+            if not {"config.json", "log.txt"} & set(files):
+                continue
             try:
                 runs.append(read_run(path, root))
             except UNUSABLE as error:
@@ -253,8 +259,12 @@ def read_runs(roots):
 
 def section_key(run):
     data = run.config["data"]
-    device = "CPU" if run.config["device"].endswith("CPU") else "GPU"
-    return data["name"], data["sha256"], device, json.dumps([run.options[name] for name in SECTION])
+    return data["name"], data["sha256"], convolutions(run), json.dumps([run.options[name] for name in SECTION])
+
+
+def convolutions(run):
+    """The precision of float32 convolutions: TF32 or float32."""
+    return run.config.get("float32_convolutions", "float32")  # older runs were all on CPUs
 
 
 def row_key(run):
@@ -351,7 +361,7 @@ def data_label(run):
     return {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100"}.get(name, name)
 
 
-def text(value, form="g"):
+def text(value, form=""):
     return "" if value is None else format(value, form)
 
 
@@ -448,28 +458,49 @@ def markdown_table(header, lines):
 
 
 def describe(section):
-    """What all runs of a section share, and the devices they ran on."""
+    """What all runs of a section share, and the devices, versions and commits they ran with."""
     run = section[0].any_run
     options, data = run.options, run.config["data"]
-    devices = {r.config["device"] for row in section for c in row.cells.values() for r in c.runs + c.unfinished}
+    runs = [r for row in section for cell in row.cells.values() for r in cell.runs + cell.unfinished]
+    precision = options["dtype"]
+    if precision == "float32" and convolutions(run) != precision:
+        precision += f" ({convolutions(run)} in convolutions)"
     drops = ", ".join(map(str, options["epoch_step"]))
     tested = "held-out" if options["holdout"] else "test"
     numbers = f"{data['train_images']:,} training and {data['test_images']:,} {tested} pictures"
     parts = [
         f"{numbers} (SHA-256 {data['sha256'][:12]})",
-        f"{options['dtype']}, batches of {options['batch_size']}, {options['epochs']} epochs",
+        f"{precision}, batches of {options['batch_size']}, {options['epochs']} epochs",
         f"learning rates x{options['lr_decay_ratio']:g} after {drops}" if drops else "constant learning rates",
-        f"device: {', '.join(sorted(devices))}",
+        *shared_options(runs),
+        listed("device", (r.config["device"] for r in runs)),
+        listed("torch", (r.config.get("torch") for r in runs)),
+        listed("commit", ((r.config.get("git_commit") or "")[:7] for r in runs)),
     ]
     paper = paper_of(run)
     if paper and not follows_paper(run):
         parts.append(f"the paper trained {paper.epochs} epochs, so its numbers are no measure of these")
-    return "; ".join(parts) + "."
+    return "; ".join(filter(None, parts)) + "."
+
+
+def shared_options(runs):
+    """The options that are the same in all runs of a section whose method has them, as ['dropout 0.3, omega 0.1']."""
+    shared, known = [], (*NO_RESULT, *SECTION, "optim_method", "model", "depth", "width", "lr", "lrg")
+    for name in (name for name in runs[0].options if name not in known):
+        methods = {r.options["optim_method"] for r in runs if r.options.get(name) is not None}
+        values = {str(r.options.get(name)) for r in runs if r.options["optim_method"] in methods}
+        shared += [f"{name} {value}" for value in values if len(values) == 1]
+    return [", ".join(shared)]
+
+
+def listed(name, values):
+    values = sorted(set(filter(None, values)))
+    return f"{name}{'s' * (len(values) > 1)}: {', '.join(values)}" if values else ""
 
 
 def report(sections, left_out, figures_from):
     """The whole output in Markdown; figures are linked relative to the folder `figures_from`, if it is given."""
-    lines = []
+    lines = ["# Results", "", "Made by `scripts/summarize.py` from the logs of the runs.", ""] if figures_from else []
     for section in sections:
         what = ", choice of hyperparameters" if section[0].held_out else ""
         lines += [f"### {data_label(section[0].any_run)}{what}", "", describe(section), ""]
@@ -479,7 +510,7 @@ def report(sections, left_out, figures_from):
             lines += [*([] if is_small(section) else [*overview(section), ""]), *details(section), ""]
         for row in section:
             if row.figure and figures_from:
-                where = Path(os.path.relpath(row.figure, figures_from)).as_posix()
+                where = quote(Path(os.path.relpath(row.figure, figures_from)).as_posix())
                 lines += [f"![{title(row)}]({where})", ""]
     cells = [cell for section in sections for row in section for cell in row.cells.values()]
     unfinished = [f"{run.path}: unfinished, {run.progress}" for cell in cells for run in cell.unfinished]
@@ -487,6 +518,7 @@ def report(sections, left_out, figures_from):
         lines += ["Not counted:", "", *(f"- {reason}" for reason in unfinished + left_out), ""]
     lines += ["The test error is the last epoch's; test error, training loss and images/s are medians over the runs."]
     lines += ["A difference to the paper stands where epochs and drops are the paper's, whatever the other options."]
+    lines += ["Images/s is what the machine gave with whatever ran beside. An experiment is the folder of its runs."]
     return "\n".join(lines) + "\n"
 
 

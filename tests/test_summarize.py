@@ -2,19 +2,23 @@
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from scripts import summarize
 
+ROOT = Path(__file__).resolve().parent.parent
+
 OPTIONS = {
     "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",
     "seed": 0, "epochs": 5, "epoch_step": [2, 3], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
     "weight_decay": 5e-4, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "dropout": 0.3, "device": "cpu",
-    "optim_method": "SGD", "lr": 0.1, "lrg": None, "save": "x", "nthread": 1, "max_minutes": None,
+    "optim_method": "SGD", "lr": 0.1, "lrg": None, "nthread": 1,
 }  # fmt: skip
 RATES = {"SGD": {}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
 # The paper's tables: SGD, SGD-G and Adam-G on CIFAR-10, then on CIFAR-100; SVHN.
@@ -85,6 +89,7 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
         {"lr": 0.2},
         {"dropout": 0.0},
         {"weight_decay": 0.0},
+        {"batch_size": 64},
         {"an_option_of_the_future": 1},
     ],
 )
@@ -179,11 +184,11 @@ def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_metho
 
 def test_a_folder_named_after_data_and_network_is_no_experiment(tmp_path, capsys):
     named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
-    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-1/SGD/seed0", 4.0, **named)
-    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-1-own/SGD/seed0", 5.0, **named)
-    write_run(tmp_path / "runs/cifar10-jpeg-wrn-10-10/SGD/seed0", 6.0, **named)
+    write_run(tmp_path / "runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0", 4.0, **named)
+    write_run(tmp_path / "runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
+    write_run(tmp_path / "runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
     cells = records(tmp_path, capsys, tmp_path / "runs")
-    assert [cell["experiment"] for cell in cells] == ["", "cifar10-jpeg-wrn-10-10", "own"]
+    assert [cell["experiment"] for cell in cells] == ["", "own/rates", "wrn-10-10"]
 
 
 def test_weights_on_g_by_measurement_are_another_cell_than_by_the_rule(tmp_path, capsys):
@@ -244,6 +249,11 @@ def test_the_papers_tables():
     assert summarize.PAPER["CIFAR10"].errors == {network: numbers[:3] for network, numbers in cifar.items()}
     assert summarize.PAPER["CIFAR100"].errors == {network: numbers[3:] for network, numbers in cifar.items()}
     assert summarize.PAPER["SVHN"].errors == svhn
+    assert {name: entry[:3] for name, entry in summarize.PAPER.items()} == {
+        "CIFAR10": (200, [60, 120, 160], (50_000, 10_000)),
+        "CIFAR100": (200, [60, 120, 160], (50_000, 10_000)),
+        "SVHN": (160, [60, 120], (73_257 + 531_131, 26_032)),
+    }
 
 
 def test_the_papers_networks_that_have_not_run_are_missing(tmp_path, capsys):
@@ -279,6 +289,43 @@ def test_figures_are_drawn_and_linked(tmp_path, capsys):
     assert {figure.name for figure in figures} == {"digits-wrn-10-1.png", "digits-wrn-10-1-time.png"}
     assert all(figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000 for figure in figures)
     assert "(figures/digits-wrn-10-1-time.png)" in markdown.read_text()
+    output(capsys, tmp_path / "runs", "--plots", tmp_path / "docs/my figures", "--markdown", markdown)
+    assert "(my%20figures/digits-wrn-10-1.png)" in markdown.read_text()
+
+
+@pytest.mark.parametrize("x", ["epoch", "time"])
+def test_a_figure_shows_the_runs_and_their_median(tmp_path, capsys, monkeypatch, x):
+    for method, error in zip(RATES, (4.0, 6.0, 9.0), strict=True):
+        for seed in range(3):
+            write_run(tmp_path / f"runs/{method}/seed{seed}", error + seed**2, method, seed=seed)
+    write_run(tmp_path / "runs/AdamG/seed3", 50.0, "AdamG", seed=3, written=2)
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures", "--x", x)
+    (figure,) = figures
+    loss, error = figure.axes
+    assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
+    steps = [1, 2, 3, 4, 5] if x == "epoch" else [0.05, 0.1, 0.15, 0.2, 0.25]  # 2 s of training and 1 s of testing
+    for panel in (loss, error):
+        drops = {line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":" and len(line.get_xdata())}
+        assert sorted(drops) == pytest.approx([steps[1], steps[2]])
+    assert len(set(summarize.COLOURS.values())) == 3
+    for method, lowest in zip(RATES, (4.0, 6.0, 9.0), strict=True):
+        mine = [line for line in error.lines if line.get_color() == summarize.COLOURS[method]]
+        curves = [line for line in mine if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
+        (thick,) = [line for line in curves if line.get_linewidth() == 2]
+        thin = [line for line in curves if line.get_linewidth() < 1]
+        assert len(thin) == 3 + (method == "AdamG")
+        assert sorted(line.get_ydata()[-1] for line in thin)[:3] == pytest.approx([lowest, lowest + 1, lowest + 4])
+        assert list(thick.get_xdata()) == pytest.approx(steps)
+        assert list(thick.get_ydata()) == pytest.approx([lowest + 1 + more for more in (8, 6, 4, -0.5, 0)])
+        (falling,) = [
+            line.get_ydata()
+            for line in loss.lines
+            if line.get_color() == summarize.COLOURS[method] and line.get_linewidth() == 2
+        ]
+        assert list(falling) == pytest.approx([4.01, 3.01, 2.01, 1.01, 0.01])
 
 
 def test_rows_of_one_network_get_figures_of_their_own(tmp_path, capsys):
@@ -335,12 +382,45 @@ def test_a_run_that_has_just_begun_has_no_log_yet(tmp_path, capsys):
     assert "unfinished (0 of 5 epochs)" in output(capsys, tmp_path / "runs")
 
 
-def test_a_gpu_is_another_precision(tmp_path, capsys):
-    """Its float32 convolutions are TF32."""
-    write_run(tmp_path / "runs/a", 4.0)
-    config = write_run(tmp_path / "runs/b", 8.0, seed=1) / "config.json"
-    config.write_text(config.read_text().replace('"device": "x86_64 CPU"', '"device": "NVIDIA H200"'))
-    assert [cell["runs"] for cell in records(tmp_path, capsys, tmp_path / "runs")] == ["1", "1"]
+def test_tf32_is_another_precision_and_versions_are_named(tmp_path, capsys):
+    """As most GPUs compute float32 convolutions."""
+    write_run(tmp_path / "runs/a", 4.0)  # an older run, on a CPU
+    for seed, more in enumerate(("float32", "TF32", "TF32"), 1):
+        config = write_run(tmp_path / f"runs/{seed}", 8.0, seed=seed) / "config.json"
+        versions = {"float32_convolutions": more, "torch": "2.11.0", "git_commit": f"{seed}234567890"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | versions))
+    assert [cell["runs"] for cell in records(tmp_path, capsys, tmp_path / "runs")] == ["2", "2"]
+    text = output(capsys, tmp_path / "runs")
+    assert text.count("; float32, batches") == 1
+    assert text.count("; float32 (TF32 in convolutions), batches") == 1
+    assert "torch: 2.11.0; commit: 1234567." in text
+    assert "torch: 2.11.0; commits: 2234567, 3234567." in text
+
+
+def test_what_all_runs_share_is_said(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 4.0, omega=None, grad_clip=None, bn_decay=5e-4)
+    write_run(tmp_path / "runs/b", 4.0, "SGDG")
+    write_run(tmp_path / "runs/c", 4.0, "SGDG", grad_clip=None)  # off, which is not SGD's "has none"
+    text = output(capsys, tmp_path / "runs")
+    assert "; momentum 0.9, weight_decay 0.0005, omega 0.1, dropout 0.3, select shape; device" in text
+
+
+def test_the_published_table_is_that_of_the_published_logs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(summarize, "draw", lambda *arguments: None)
+    output(capsys, "logs/published", "--markdown", tmp_path / "results.md", "--plots", tmp_path / "figures")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+    linked = re.findall(r"\((figures/.*?)\)", (ROOT / "docs/results.md").read_text())
+    assert sorted(linked) == sorted(f"figures/{path.name}" for path in (ROOT / "docs/figures").iterdir())
+
+
+def test_runs_behind_links_are_found_once(tmp_path, capsys):
+    write_run(tmp_path / "disk/wrn-10-1/SGD/seed0", 4.0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "runs")
+    (cell,) = records(tmp_path, capsys, tmp_path / "runs", tmp_path / "disk")
+    assert (cell["runs"], cell["experiment"]) == ("1", "")
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--markdown", "--plots"])
