@@ -283,6 +283,10 @@ def parse_options(argv: list[str] | None, again: bool = False) -> tuple[argparse
             checkpoint = load_checkpoint(path)
             options = continue_with(given, checkpoint["options"], path)
             call["save"] = call["save"] or path.parent
+        elif stored := finished_options(path.parent):
+            options = continue_with(given, stored, path.with_name(CONFIG))
+            if options["epochs"] != stored["epochs"]:
+                raise UsageError(f"{path.parent} has no checkpoint any more to go on from; choose another --save")
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
     check_options(options)
@@ -291,6 +295,15 @@ def parse_options(argv: list[str] | None, again: bool = False) -> tuple[argparse
         text = f"note: {', '.join(unused)} has no effect on {model_name(options)} with {options['optim_method']}"
         print(text, flush=True)  # ahead of what may go to standard error, where both go to one file
     return argparse.Namespace(**options, **call), checkpoint
+
+
+def finished_options(save: Path) -> dict | None:
+    """The options of a run in `save` that has logged all its epochs; None where there is no such run."""
+    try:
+        options = json.loads((save / CONFIG).read_text())["options"]
+        return options if (save / LOG).read_text().count("\n") == options["epochs"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON of another kind
+        return None
 
 
 def check_legacy_flags(given: dict) -> None:
@@ -823,17 +836,6 @@ def claim_directory(save: Path, resume: str | None) -> BinaryIO:
     return lock_directory(save)
 
 
-def has_all_epochs(options: argparse.Namespace) -> bool:
-    """Whether a run with these options has logged its last epoch in --save, as when its checkpoint was removed."""
-    try:
-        stored = json.loads((options.save / CONFIG).read_text())["options"]
-        epochs = (options.save / LOG).read_text().count("\n")
-    except (OSError, ValueError, KeyError):
-        return False
-    same = all(stored.get(name) == value for name, value in run_options(options).items() if name not in MAY_CHANGE)
-    return same and epochs == options.epochs
-
-
 def write_config(t: Training) -> None:
     """config.json: options, versions, device, git commit, and the data by size and hash."""
     data = t.data
@@ -913,7 +915,7 @@ def run(argv: list[str] | None) -> int:
     if options.summary:
         print_summary(options)
         return 0
-    if options.resume == "auto" and not checkpoint and has_all_epochs(options):
+    if options.resume == "auto" and not checkpoint and finished_options(options.save):
         print(f"nothing to do: the run has its {options.epochs} epochs, and no checkpoint any more")
         return 0
     lock = None if options.eval else claim_directory(options.save, options.resume)

@@ -60,6 +60,7 @@ PAPER = {
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
 SECTION = ("dataset", "holdout", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
 CELL = ("optim_method", "lr", "lrg", "momentum", "weight_decay", "bn_decay", "omega", "grad_clip", "select")
+NOT_OF_SGD = ("lrg", "omega", "grad_clip", "select")
 
 
 @dataclass
@@ -221,14 +222,14 @@ def experiment_of(path, root, config):
     """Below `logs`, `own-rates/CIFAR10/wrn-10-1/SGD/seed0` is of the experiment `own-rates`."""
     options = config["options"]
     names = (options["dataset"], config["data"]["name"], config["model"], options.get("model"), options["optim_method"])
-    known = {letters(str(name)) for name in names}
+    known = {letters(str(name)) for name in filter(None, names)}
     parts = path.relative_to(root).parts[:-1]  # the last one is the run's own name, whatever it says
     return "/".join(part for part in parts if letters(part) not in known)
 
 
 def letters(name):
     """What data sets and networks are told apart by: the folder `cifar10-jpeg` is for CIFAR-10 (JPEG)."""
-    return re.sub("[^a-z0-9]", "", name.lower())
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 UNUSABLE = ValueError, TypeError, AttributeError, OSError  # the first is json's too; a type is wrong; no such file
@@ -263,8 +264,9 @@ def section_key(run):
 
 
 def convolutions(run):
-    """The precision of float32 convolutions: TF32 or float32."""
-    return run.config.get("float32_convolutions", "float32")  # older runs were all on CPUs
+    """The precision of float32 convolutions. Runs that do not say it are older; their GPUs used TF32 if they had it."""
+    on_cpu = run.config["device"].endswith("CPU")
+    return run.config.get("float32_convolutions") or ("float32" if on_cpu else "TF32")
 
 
 def row_key(run):
@@ -322,6 +324,7 @@ def summary(row, cell, section):
         "data": run.config["data"]["name"],
         "sha256": run.config["data"]["sha256"],
         "dtype": run.options["dtype"],
+        "float32_convolutions": convolutions(run),
         "epochs": run.options["epochs"],
         "network": row.model,
         "experiment": row.experiment,
@@ -472,10 +475,10 @@ def describe(section):
         f"{numbers} (SHA-256 {data['sha256'][:12]})",
         f"{precision}, batches of {options['batch_size']}, {options['epochs']} epochs",
         f"learning rates x{options['lr_decay_ratio']:g} after {drops}" if drops else "constant learning rates",
-        *shared_options(runs),
+        shared_options(runs),
         listed("device", (r.config["device"] for r in runs)),
         listed("torch", (r.config.get("torch") for r in runs)),
-        listed("commit", ((r.config.get("git_commit") or "")[:7] for r in runs)),
+        listed("commit", (c[:7] + c[40:] for c in (r.config.get("git_commit") or "" for r in runs))),  # 40: "-dirty"
     ]
     paper = paper_of(run)
     if paper and not follows_paper(run):
@@ -484,18 +487,24 @@ def describe(section):
 
 
 def shared_options(runs):
-    """The options that are the same in all runs of a section whose method has them, as ['dropout 0.3, omega 0.1']."""
-    shared, known = [], (*NO_RESULT, *SECTION, "optim_method", "model", "depth", "width", "lr", "lrg")
+    """The options besides the rates that all runs of a section share, or all of a method: 'omega 0.1 (Adam-G)'."""
+    parts, known = [], (*NO_RESULT, *SECTION, "optim_method", "model", "depth", "width", "lr", "lrg")
     for name in (name for name in runs[0].options if name not in known):
-        methods = {r.options["optim_method"] for r in runs if r.options.get(name) is not None}
-        values = {str(r.options.get(name)) for r in runs if r.options["optim_method"] in methods}
-        shared += [f"{name} {value}" for value in values if len(values) == 1]
-    return [", ".join(shared)]
+        values = defaultdict(set)  # those of each method that has such an option
+        for run in runs:
+            method = run.options["optim_method"]
+            if method != "SGD" or name not in NOT_OF_SGD:
+                values[method].add(str(run.options.get(name)))
+        single = {METHODS[method]: min(found) for method, found in values.items() if len(found) == 1}
+        for value in dict.fromkeys(single.values()):
+            methods = [method for method in METHODS.values() if single.get(method) == value]
+            parts.append(f"{name} {value}" + (f" ({', '.join(methods)})" if len(methods) < len(values) else ""))
+    return ", ".join(parts)
 
 
 def listed(name, values):
     values = sorted(set(filter(None, values)))
-    return f"{name}{'s' * (len(values) > 1)}: {', '.join(values)}" if values else ""
+    return f"{name}: {', '.join(values)}" if values else ""
 
 
 def report(sections, left_out, figures_from):

@@ -134,7 +134,8 @@ worker() {
         if [ "$asked" -gt 0 ]; then return; fi
         if ! mkdir "$state/$i" 2>/dev/null; then # making a directory is atomic: one worker gets it
             if [ -d "$state/$i" ]; then continue; fi
-            return # no other worker has it either, so the report will miss it
+            say "cannot write to $state: no more runs are started here" >&2
+            return
         fi
         if [ "${#flags[@]}" -eq 0 ] && finished "$i"; then continue; fi
         say "$(date +%T) start    ${directories[i]}"
@@ -152,8 +153,8 @@ worker() {
         do :; done
         child=""
         if [ "$code" -ne 0 ] && [ "$asked" -eq 0 ]; then
-            echo "$code" >"$state/$i/code"
             say "$(date +%T) failed   ${directories[i]}"
+            echo "$code" >"$state/$i/code" || true # on a full disk the file is there, but empty
         elif finished "$i"; then
             say "$(date +%T) finished ${directories[i]}"
         else
@@ -178,7 +179,7 @@ stop() { # SIGNAL
 run_cells() {
     local slot signal worker_pid
     mkdir -p "logs/$table"
-    state=$(mktemp -d "logs/$table/.sweep.XXXXXX") # not in /tmp, where files are removed while a sweep goes on for days
+    state=$(mktemp -d "logs/$table/.sweep.XXXXXX") # not in /tmp: a sweep goes on for longer than files may stay there
     trap 'rm -rf "$state"' EXIT
     stopped_by=""
     workers=()
@@ -214,16 +215,17 @@ same_command() { # as the user has to type it again
 }
 
 report() { # exit code: 0, 1 after a failure, 128 + signal
-    local i output failures=0 done_now
+    local i output code failures=0 done_now
     for i in "${!commands[@]}"; do
         if [ ! -d "$state/$i" ] && [ -z "$stopped_by" ] && ! finished "$i"; then
             failures=$((failures + 1))
-            say "not started, or lost sight of, as $state was removed or cannot be written: ${directories[i]}" >&2
+            say "not started: ${directories[i]} ($state cannot be written, or a worker was killed)" >&2
         fi
         if [ ! -f "$state/$i/code" ]; then continue; fi
         failures=$((failures + 1))
         output=${directories[i]}/output.txt
-        say "failed with exit code $(cat "$state/$i/code"): $output: $(tail -n 1 "$output" 2>&1)" >&2
+        code=$(cat "$state/$i/code")
+        say "failed with exit code ${code:-unknown}: $output: $(tail -n 1 "$output" 2>&1)" >&2
     done
     done_now=$(count_finished)
     say "$done_now of ${#commands[@]} runs are finished, $failures failed"

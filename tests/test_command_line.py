@@ -494,8 +494,10 @@ def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
     (save / "checkpoint.pt").unlink()
     before = contents(save)
     options = ["--dataset", "digits", "--depth", 10, "--width", 1, "--save", save]
-    assert_one_sentence(call(*options, "--resume", "auto"), 2, "no checkpoint")
+    assert_one_sentence(call(*options, "--resume", "auto"), 2, "--dataset digits differs from folder")
     assert contents(save) == before
+    (save / "config.json").unlink()
+    assert_one_sentence(call(*options, "--resume", "auto"), 2, "no checkpoint")
 
 
 def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
@@ -505,12 +507,13 @@ def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
     outcome = call(*tiny("SGDG", save, "--resume", "auto"))
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("nothing to do: the run has its 2 epochs")
-    for odd in (["--epochs", 3], ["--lr", 0.3]):
-        assert_one_sentence(call(*tiny("SGDG", save, *odd, "--resume", "auto")), 2, "no checkpoint")
-    (save / "config.json").write_text("{")
-    assert_one_sentence(call(*tiny("SGDG", save, "--resume", "auto")), 2, "no checkpoint")
-    (save / "config.json").write_bytes(before["config.json"])
+    assert call("--save", save, "--resume", "auto") == outcome  # the rest is taken from the run
+    assert_one_sentence(call(*tiny("SGDG", save, "--epochs", 3, "--resume", "auto")), 2, "no checkpoint any more")
+    assert_one_sentence(call(*tiny("SGDG", save, "--lr", 0.3, "--resume", "auto")), 2, "--lr 0.3 differs from 0.01")
     assert contents(save) == before
+    for content in ("{", "[1]", '{"options": null}', '{"options": [1]}'):
+        (save / "config.json").write_text(content)
+        assert_one_sentence(call(*tiny("SGDG", save, "--resume", "auto")), 2, "no checkpoint")
 
 
 def test_the_error_is_the_last_line_where_all_goes_to_one_file(tmp_path):

@@ -44,7 +44,15 @@ class TestConfig:
         assert config["versions"].keys() >= {"python", "numpy", "opencv"}
         assert "CPU" in config["device"]
         assert config["threads"] == 1
+        assert config["float32_convolutions"] == "float32"
         assert config["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", config["git_commit"])
+
+    @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "TF32"), ((9, 0), "TF32")])
+    def test_says_whether_a_gpu_convolves_in_tf32(self, monkeypatch, capability, precision):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        where = main.environment(torch.device("cuda"))
+        assert (where["device"], where["float32_convolutions"]) == ("a GPU", precision)
 
     def test_holds_the_number_of_pictures_and_the_digest_of_the_arrays(self, finished, pictures_root):
         recorded = json.loads((finished["SGD"][0] / "config.json").read_text())["data"]

@@ -187,8 +187,9 @@ def test_a_folder_named_after_data_and_network_is_no_experiment(tmp_path, capsys
     write_run(tmp_path / "runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0", 4.0, **named)
     write_run(tmp_path / "runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
     write_run(tmp_path / "runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
+    write_run(tmp_path / "runs/опыт/цифры/SGD/seed0", 7.0, data=DIGITS | {"name": "Цифры"})
     cells = records(tmp_path, capsys, tmp_path / "runs")
-    assert [cell["experiment"] for cell in cells] == ["", "own/rates", "wrn-10-10"]
+    assert [cell["experiment"] for cell in cells] == ["", "own/rates", "wrn-10-10", "опыт"]
 
 
 def test_weights_on_g_by_measurement_are_another_cell_than_by_the_rule(tmp_path, capsys):
@@ -385,24 +386,30 @@ def test_a_run_that_has_just_begun_has_no_log_yet(tmp_path, capsys):
 def test_tf32_is_another_precision_and_versions_are_named(tmp_path, capsys):
     """As most GPUs compute float32 convolutions."""
     write_run(tmp_path / "runs/a", 4.0)  # an older run, on a CPU
-    for seed, more in enumerate(("float32", "TF32", "TF32"), 1):
+    for seed, more in enumerate(("float32", "TF32", "TF32", None), 1):
         config = write_run(tmp_path / f"runs/{seed}", 8.0, seed=seed) / "config.json"
-        versions = {"float32_convolutions": more, "torch": "2.11.0", "git_commit": f"{seed}234567890"}
+        commit = f"{seed}234567890" + 30 * "0" + ("-dirty" if seed == 3 else "")
+        versions = {"float32_convolutions": more, "torch": "2.11.0", "git_commit": commit}
+        versions = versions if more else {"device": "NVIDIA H200"}  # an older one
         config.write_text(json.dumps(json.loads(config.read_text()) | versions))
-    assert [cell["runs"] for cell in records(tmp_path, capsys, tmp_path / "runs")] == ["2", "2"]
+    cells = records(tmp_path, capsys, tmp_path / "runs")
+    assert [(cell["float32_convolutions"], cell["runs"]) for cell in cells] == [("TF32", "3"), ("float32", "2")]
     text = output(capsys, tmp_path / "runs")
     assert text.count("; float32, batches") == 1
     assert text.count("; float32 (TF32 in convolutions), batches") == 1
     assert "torch: 2.11.0; commit: 1234567." in text
-    assert "torch: 2.11.0; commits: 2234567, 3234567." in text
+    assert "torch: 2.11.0; commit: 2234567, 3234567-dirty." in text
 
 
 def test_what_all_runs_share_is_said(tmp_path, capsys):
     write_run(tmp_path / "runs/a", 4.0, omega=None, grad_clip=None, bn_decay=5e-4)
     write_run(tmp_path / "runs/b", 4.0, "SGDG")
-    write_run(tmp_path / "runs/c", 4.0, "SGDG", grad_clip=None)  # off, which is not SGD's "has none"
+    write_run(tmp_path / "runs/c", 4.0, "AdamG", grad_clip=None)  # off, which is not SGD's "has none"
+    write_run(tmp_path / "runs/d", 4.0, "AdamG", grad_clip=None, select="measured")
     text = output(capsys, tmp_path / "runs")
-    assert "; momentum 0.9, weight_decay 0.0005, omega 0.1, dropout 0.3, select shape; device" in text
+    shared = "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G), omega 0.1, "
+    shared += "grad_clip 0.1 (SGD-G), grad_clip None (Adam-G), dropout 0.3, select shape (SGD-G)"
+    assert f"; {shared}; device" in text
 
 
 def test_the_published_table_is_that_of_the_published_logs(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
 if Path("slow").exists():
     (save / "started").touch()
-    deadline = time.time() + 20
+    deadline = time.time() + 120
     while not asked and Path("slow").exists() and time.time() < deadline:
         time.sleep(0.01)
 if asked:
