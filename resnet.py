@@ -4,9 +4,10 @@ WRN-d-k: a 3x3 convolution 3 -> 16; three groups of n = (d - 4) / 6 pre-activati
 strides 1, 2, 2; batch normalization, ReLU, global average pool, linear classifier. The model knows nothing of training.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
+
+from utils import initialize
 
 
 class Block(nn.Module):
@@ -80,13 +81,3 @@ class WideResNet(nn.Module):
         x = self.group2(self.group1(self.group0(x)))
         x = relu(self.bn(x), inplace=True)
         return self.fc(x.mean((2, 3)))
-
-
-@torch.no_grad()
-def initialize(model: nn.Module) -> None:
-    """He-normal weights (He et al., 2015, fan_in), zero biases; drawn from torch's default generator."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""What a run needs besides the mathematics: errors for the user, files that are whole or absent, logs, a polite stop.
+"""What a run needs besides the mathematics: errors for the user, whole files, initial weights, logs, a polite stop.
 
 A run is a directory: `config.json`, `log.txt`, TensorBoard events and `checkpoint.pt`. Everything that reads results
 reads such directories; everything that resumes needs only the directory.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import nn
 
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
 
@@ -121,7 +122,17 @@ def lock_directory(directory: Path) -> BinaryIO:
     return file
 
 
-# -------------------------------------------------------------------------------------------------- generators
+# ------------------------------------------------------------------------------ initial weights and generators
+
+
+@torch.no_grad()
+def initialize(model: nn.Module) -> None:
+    """He-normal weights (He et al., 2015, fan_in), zero biases; drawn from torch's default generator."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
