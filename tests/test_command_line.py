@@ -498,6 +498,8 @@ def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
     assert contents(save) == before
     (save / "config.json").unlink()
     assert_one_sentence(call(*options, "--resume", "auto"), 2, "no checkpoint")
+    del before["config.json"]
+    assert contents(save) == before
 
 
 def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
