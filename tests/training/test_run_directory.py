@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, STEPS, assert_one_sentence, assert_same_run, bits, call, contents, load, log_lines
+from helpers import METHODS, STEPS, assert_one_sentence, assert_same_run, bits, call, contents, load, log_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes

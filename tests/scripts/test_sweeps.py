@@ -18,11 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_data import write_archive
+from helpers import ROOT, write_archive
 
 import main
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLES = {"table1": "table1_cifar.sh", "table2": "table2_svhn.sh"}
 SETTINGS = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
 

@@ -4,9 +4,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
 
 
 def test_the_wheel_holds_just_the_module(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, STEPS, assert_one_sentence, assert_same_run, call, contents, load, log_lines
+from helpers import METHODS, STEPS, assert_one_sentence, assert_same_run, call, contents, load, log_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main

@@ -3,16 +3,15 @@
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from torch.nn.functional import cross_entropy
 
 import main
 from resnet import WideResNet
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/method.md"]
 # Flags of other programs that the README mentions, and where they come from.
 OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None} | dict.fromkeys(

@@ -16,9 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, STEPS, assert_one_sentence, call, contents, load, log_lines
-from test_data import no_network as offline  # noqa: F401 (a fixture)
-from test_data import write_archive, write_svhn
+from helpers import METHODS, STEPS, assert_one_sentence, call, contents, load, log_lines, write_archive, write_svhn
 
 import main
 from resnet import WideResNet
@@ -632,7 +630,7 @@ def test_a_holdout_is_tested_on_instead_of_the_test_set(tiny, tmp_path):
     assert_one_sentence(call("--resume", save, "--holdout", 6), 2, "12", "6")
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100", "SVHN"])
 def test_one_epoch_on_an_archive_in_the_real_format(dataset, tmp_path, monkeypatch):
     if dataset == "SVHN":

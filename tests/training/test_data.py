@@ -1,18 +1,13 @@
 """Properties of the data sets, the epoch plan and the batches."""
 
-import io
-import pickle
-import tarfile
 import threading
-import urllib.error
 from dataclasses import replace
-from hashlib import md5
 
 import cv2
 import numpy as np
 import pytest
-import scipy.io
 import torch
+from helpers import LAYOUTS, SVHN_SIZES, write_archive, write_svhn
 
 import data
 from data import EpochPlan, TrainBatches, eval_batches, hold_out, load_data
@@ -199,55 +194,6 @@ def test_eval_batches_are_all_pictures_in_order(pictures, batch_size):
 
 # CIFAR: tiny archives in the real format, with torchvision's checksums replaced by theirs.
 
-LAYOUTS = {
-    "CIFAR10": (
-        "cifar-10-batches-py",
-        [f"data_batch_{i}" for i in range(1, 6)],
-        "test_batch",
-        "labels",
-        "batches.meta",
-    ),
-    "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
-}
-
-
-def write_archive(dataset, root, monkeypatch):
-    """Writes the archive of `dataset` with 4 random pictures per file; returns what it wrote, file by file."""
-    from torchvision import datasets
-
-    source = getattr(datasets, dataset)
-    folder, train_files, test_file, label_key, meta_file = LAYOUTS[dataset]
-    generator = np.random.default_rng(0)
-    content = {}
-    for name in [*train_files, test_file]:
-        entry = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8)}
-        entry[label_key] = generator.integers(0, 10, 4).tolist()
-        content[name] = entry
-    meta = {source.meta["key"]: [f"class{i}" for i in range(100 if dataset == "CIFAR100" else 10)]}
-    checksums = {}
-    with tarfile.open(root / source.filename, "w:gz") as archive:
-        for name, entry in {**content, meta_file: meta}.items():
-            payload = pickle.dumps(entry)
-            checksums[name] = md5(payload).hexdigest()
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = len(payload)
-            archive.addfile(info, io.BytesIO(payload))
-    monkeypatch.setattr(source, "tgz_md5", md5((root / source.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(source, "train_list", [[name, checksums[name]] for name in train_files])
-    monkeypatch.setattr(source, "test_list", [[test_file, checksums[test_file]]])
-    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[meta_file]})
-    return content
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    import torchvision.datasets.utils as utils
-
-    def refuse(*_args, **_kwargs):
-        raise urllib.error.URLError("Temporary failure in name resolution")
-
-    monkeypatch.setattr(utils.urllib.request, "urlopen", refuse)
-
 
 @pytest.mark.usefixtures("no_network")
 class TestCifar:
@@ -309,25 +255,6 @@ class TestCifar:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"File exists|Not a directory"):
             load_data("CIFAR10", tmp_path / "file")
-
-
-SVHN_SIZES = {"train": 11, "test": 5, "extra": 23}
-
-
-def write_svhn(root, monkeypatch):
-    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns what it wrote."""
-    from torchvision.datasets import SVHN
-
-    generator = np.random.default_rng(0)
-    content, split_list = {}, {}
-    for split, (url, filename, _) in SVHN.split_list.items():
-        images = generator.integers(0, 256, (32, 32, 3, SVHN_SIZES[split]), dtype=np.uint8)
-        labels = np.resize(np.arange(10, 0, -1, dtype=np.uint8), (SVHN_SIZES[split], 1))  # 10 is the digit 0
-        scipy.io.savemat(root / filename, {"X": images, "y": labels}, do_compression=True)
-        split_list[split] = [url, filename, md5((root / filename).read_bytes()).hexdigest()]
-        content[split] = images, labels
-    monkeypatch.setattr(SVHN, "split_list", split_list)
-    return content
 
 
 @pytest.mark.usefixtures("no_network")

@@ -6,13 +6,10 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-from scripts import summarize
-
-ROOT = Path(__file__).resolve().parent.parent
+import summarize
+from helpers import ROOT
 
 OPTIONS = {
     "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",

@@ -1,0 +1,184 @@
+"""What tests share: main.py called in this process, its runs as files, small data sets in the real formats."""
+
+import os
+
+# Before torch is imported, and for every subprocess: one thread computes the same bits on any machine, and tiny
+# networks gain nothing from more.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import signal
+import tarfile
+import warnings
+from hashlib import md5
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import scipy.io
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the optimizers' kernel runs on the CPU; before main imports them
+
+import main
+
+ROOT = Path(main.__file__).parent
+METHODS = ("SGD", "SGDG", "AdamG")
+STEPS = 3  # of an epoch of `tiny`
+TIMES = ("train_time", "test_time", "images_per_sec")  # of log.txt: what two equal runs do not share
+
+
+# Of the archives of CIFAR: folder, training files, test file, key of the labels, file of the classes.
+LAYOUTS = {
+    "CIFAR10": (
+        "cifar-10-batches-py",
+        [f"data_batch_{i}" for i in range(1, 6)],
+        "test_batch",
+        "labels",
+        "batches.meta",
+    ),
+    "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
+}
+SVHN_SIZES = {"train": 11, "test": 5, "extra": 23}
+
+
+class Outcome(NamedTuple):
+    """What a user sees of one call of main.py."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*argv) -> Outcome:
+    """main.py in this process: much faster than another one, which would import torch for seconds."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("default")
+            code = main.main([str(word) for word in argv])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    hidden = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # as Python hides them
+    shown = [f"{w.filename}: {w.message}\n" for w in caught if not issubclass(w.category, hidden)]
+    return Outcome(code, out.getvalue(), err.getvalue() + "".join(shown))
+
+
+def assert_one_sentence(outcome: Outcome, code: int, *patterns: str) -> None:
+    """The call failed with `code` and said why on one line of standard error, which has all `patterns`."""
+    assert outcome.code == code, outcome
+    assert re.fullmatch(r"main\.py: error: \S[^\n]*\n", outcome.err), outcome.err
+    for pattern in patterns:
+        assert re.search(pattern, outcome.err), (pattern, outcome.err)
+
+
+def make_pictures(root: Path) -> Path:
+    """A `folder` data set: 48 noisy pictures to train and 18 to test, of 3 classes with a tinge of their own."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 16), ("test", 6)):
+        for label in range(3):
+            directory = root / part / f"class{label}"
+            directory.mkdir(parents=True)
+            for index in range(count):
+                picture = rng.integers(0, 230, (32, 32, 3), dtype=np.uint8)
+                picture[..., label] += 4
+                cv2.imwrite(str(directory / f"{index:02}.png"), picture)
+    return root
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, byte for byte."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def log_lines(directory: Path) -> list[dict]:
+    """The epochs of log.txt, without the times."""
+    epochs = [json.loads(line.removeprefix("json_stats: ")) for line in (directory / "log.txt").open()]
+    return [{key: value for key, value in epoch.items() if key not in TIMES} for epoch in epochs]
+
+
+def load(directory: Path) -> dict:
+    """A run's checkpoint."""
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+def bits(value):
+    """A checkpoint's value as something that == compares bit by bit, without the times."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.cpu().contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, (list, tuple)):
+        return [bits(item) for item in value]
+    return value
+
+
+def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
+    """Both runs ended with the same bits in every part of the checkpoint, options `but` aside, and the same log."""
+    first, second = load(a), load(b)
+    for state in (first, second):
+        for name in but:
+            state["options"].pop(name)
+            for epoch in state["history"]:
+                epoch.pop(name)
+    assert first.keys() == second.keys()
+    for part in first:
+        assert bits(first[part]) == bits(second[part]), part
+    logs = [[{k: v for k, v in epoch.items() if k not in but} for epoch in log_lines(d)] for d in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def write_archive(dataset, root, monkeypatch):
+    """Writes the archive of `dataset` with 4 random pictures per file; returns what it wrote, file by file."""
+    from torchvision import datasets
+
+    source = getattr(datasets, dataset)
+    folder, train_files, test_file, label_key, meta_file = LAYOUTS[dataset]
+    generator = np.random.default_rng(0)
+    content = {}
+    for name in [*train_files, test_file]:
+        entry = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8)}
+        entry[label_key] = generator.integers(0, 10, 4).tolist()
+        content[name] = entry
+    meta = {source.meta["key"]: [f"class{i}" for i in range(100 if dataset == "CIFAR100" else 10)]}
+    checksums = {}
+    with tarfile.open(root / source.filename, "w:gz") as archive:
+        for name, entry in {**content, meta_file: meta}.items():
+            payload = pickle.dumps(entry)
+            checksums[name] = md5(payload).hexdigest()
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
+    monkeypatch.setattr(source, "tgz_md5", md5((root / source.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(source, "train_list", [[name, checksums[name]] for name in train_files])
+    monkeypatch.setattr(source, "test_list", [[test_file, checksums[test_file]]])
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[meta_file]})
+    return content
+
+
+def write_svhn(root, monkeypatch):
+    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns what it wrote."""
+    from torchvision.datasets import SVHN
+
+    generator = np.random.default_rng(0)
+    content, split_list = {}, {}
+    for split, (url, filename, _) in SVHN.split_list.items():
+        images = generator.integers(0, 256, (32, 32, 3, SVHN_SIZES[split]), dtype=np.uint8)
+        labels = np.resize(np.arange(10, 0, -1, dtype=np.uint8), (SVHN_SIZES[split], 1))  # 10 is the digit 0
+        scipy.io.savemat(root / filename, {"X": images, "y": labels}, do_compression=True)
+        split_list[split] = [url, filename, md5((root / filename).read_bytes()).hexdigest()]
+        content[split] = images, labels
+    monkeypatch.setattr(SVHN, "split_list", split_list)
+    return content
