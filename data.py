@@ -82,6 +82,18 @@ class DataSet:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
+    def description(self) -> dict:
+        """For config.json: sizes, statistics and hash."""
+        return {
+            "name": self.name,
+            "classes": len(self.classes),
+            "train_images": len(self.train_labels),
+            "test_images": len(self.test_labels),
+            "mean": self.mean,
+            "std": self.std,
+            "sha256": self.sha256,
+        }
+
 
 def load_data(dataset: str, dataroot, dataset_name: str | None = None) -> DataSet:
     """Load one of `DATASETS` whole into memory.

@@ -912,3 +912,12 @@ def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
 
 
 _FAR_BELOW = 0.01
+
+
+def grassmann_weights(model):
+    import copy
+    twin = copy.deepcopy(model)
+    chosen = {p for group in grassmann_param_groups(twin, 0, 0) if group["grassmann"] for p in group["params"]}
+    names = {p: n for n, p in twin.named_parameters()}
+    own = dict(model.named_parameters())
+    return {names[p]: own[names[p]] for p in names if p in chosen}

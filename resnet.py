@@ -1,13 +1,12 @@
 """Wide ResNet (Zagoruyko & Komodakis, 2016) as trained in "Riemannian approach to batch normalization".
 
-WRN-d-k: a 3x3 convolution 3 -> 16; three groups of n = (d - 4) / 6 pre-activation blocks of widths 16k, 32k, 64k and
-strides 1, 2, 2; batch normalization, ReLU, global average pool, linear classifier. The model knows nothing of training.
+WRN-d-k: a 3x3 convolution 3 -> 16; three groups of n = (d - 4) / 6 pre-activation blocks of widths 16k, 32k,
+64k and strides 1, 2, 2; batch normalization, ReLU, global average pool, linear classifier. The model knows
+nothing of training.
 """
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu
-
-from utils import initialize
 
 
 class Block(nn.Module):
@@ -74,7 +73,10 @@ class WideResNet(nn.Module):
             self.add_module(f"group{i}", group)
         self.bn = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
-        initialize(self)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")  # He et al., 2015
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)

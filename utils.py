@@ -1,7 +1,8 @@
-"""What a run needs besides the mathematics: errors for the user, whole files, initial weights, logs, a polite stop.
+"""What a run needs besides the mathematics: its directory, its generators, errors for the user, a polite
+stop.
 
-A run is a directory: `config.json`, `log.txt`, TensorBoard events and `checkpoint.pt`. Everything that reads results
-reads such directories; everything that resumes needs only the directory.
+A run is a directory: `config.json`, `log.txt`, TensorBoard events and `checkpoint.pt`. Everything that reads
+results reads such directories; everything that resumes needs only the directory.
 """
 
 import errno
@@ -10,15 +11,21 @@ import json
 import os
 import platform
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
+import numpy as np
 import torch
 from torch import nn
 
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
+AUTHORS_CHECKPOINT = "model.pt7"  # of the authors' PyTorch script
 
 
 class UserError(Exception):
@@ -29,11 +36,38 @@ class UsageError(UserError):
     """The same for the command line itself. Ends with exit code 2."""
 
 
-# ------------------------------------------------------------------------------------------------------- files
+def answer(run: Callable[[], int]) -> int:
+    """The exit code of `run`, where what the user can mend has become one sentence on standard error."""
+    try:
+        return run()
+    except UserError as error:
+        return say(str(error), 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return say(f"{error}; when that is mended, continue with --resume", 1)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
+    except KeyboardInterrupt:
+        print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def say(sentence: str, code: int) -> int:
+    """Print it as an error of main.py, and give the code back."""
+    print(f"main.py: error: {sentence}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one whole.
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new
+    one whole.
 
     Raises:
         UserError: the file cannot be written (no permission, disk full); an old one is as it was.
@@ -68,17 +102,26 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read what `save_checkpoint` wrote, tensors on the CPU.
 
+    Of a checkpoint of the authors' script there is only "model", its weights and running averages under the
+    names that they have here, and "authors_epoch", the epochs that they were trained.
+
     Raises:
         UserError: there is none, or it is broken.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; give --resume a run directory or a checkpoint file")
+        theirs = path.with_name(AUTHORS_CHECKPOINT)
+        hint = (
+            f"--resume {theirs} to start from its weights" if theirs.is_file() else "--resume a run directory"
+        )
+        raise UserError(f"there is no checkpoint {path}; give {hint} or a checkpoint file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         raise UserError(
             f"{path} is not a whole checkpoint ({type(error).__name__}); resume from another one"
         ) from error
+    if isinstance(state, dict) and state.keys() == {"params", "stats", "optimizer", "epoch"}:
+        return {"model": names_of_today(state["params"], state["stats"]), "authors_epoch": state["epoch"]}
     keys = {"model", "optimizer", "options", "epoch"}
     if (
         not isinstance(state, dict)
@@ -86,12 +129,92 @@ def load_checkpoint(path: Path) -> dict:
         or not isinstance(state["options"], dict)
         or not isinstance(state["epoch"], int)
     ):
-        raise UserError(f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt")
+        raise UserError(
+            f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt"
+        )
     return state
 
 
+def names_of_today(params: dict, stats: dict) -> dict:
+    """A state dict from the authors' parameters and running averages: their convolutions lack `.weight`."""
+    conv = {name: name if name.endswith((".weight", ".bias")) else f"{name}.weight" for name in params}
+    return {**{conv[name]: value for name, value in params.items()}, **stats}
+
+
+def load_weights(model: nn.Module, checkpoint: dict) -> None:
+    """The weights and running averages of a checkpoint, alone; UserError where they are of another model."""
+    # The authors' checkpoints do not count the batches, which nothing here reads.
+    counts = {
+        name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")
+    }
+    try:
+        model.load_state_dict({**counts, **checkpoint["model"]})
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint's weights do not fit ({reason}); check --depth and --width"
+        ) from error
+
+
+@contextmanager
+def reading_checkpoint() -> Iterator[None]:
+    """Turns what a checkpoint of another model, or a damaged one, leads to into a UserError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
+        raise UserError(
+            f"the checkpoint is of another model or not whole ({reason}); start a new run"
+        ) from error
+
+
+def claim_directory(save: Path, own: bool) -> BinaryIO:
+    """Make the run's directory and lock it until the file that is returned is closed.
+
+    Args:
+        own: the run that is in it, if any, is the one to continue.
+
+    Raises:
+        UserError: it cannot be written, or a living process writes to it.
+        UsageError: another run is in it, or a file of another program that a run would overwrite.
+    """
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
+    there = [name for name in (CONFIG, LOG, CHECKPOINT, AUTHORS_CHECKPOINT) if (save / name).exists()]
+    if there and not is_ours(save, there):
+        names = " and ".join(there)
+        raise UsageError(
+            f"{save} holds {names}, not written by main.py and left as it is; choose another --save"
+        )
+    if there and not own:
+        raise UsageError(
+            f"{save} already holds a run; continue it with --resume auto, or choose another --save"
+        )
+    # Without a checkpoint a run can have logged one epoch at most, if it was killed before it wrote the
+    # first.
+    log = save / LOG
+    if CHECKPOINT not in there and LOG in there and log.read_text(errors="replace").count("\n") > 1:
+        raise UsageError(
+            f"{save} holds the log of a run but no checkpoint to resume from; choose another --save"
+        )
+    return lock_directory(save)
+
+
+def is_ours(save: Path, there: list[str]) -> bool:
+    """Whether main.py wrote the files `there`: a run has its config.json before anything else."""
+    if CHECKPOINT in there:
+        return True  # as far as a name tells; `load_checkpoint` looks into it
+    try:
+        return "options" in json.loads((save / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):  # TypeError: JSON of another kind
+        return False
+
+
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock a run's directory against a second writer until the returned file is closed, if only by the process's end.
+    """Lock a run's directory against a second writer until the returned file is closed, if only by the
+    process's end.
 
     Raises:
         UserError: a living process holds the lock, on this machine or on one that shares the file system.
@@ -122,17 +245,46 @@ def lock_directory(directory: Path) -> BinaryIO:
     return file
 
 
-# ------------------------------------------------------------------------------ initial weights and generators
+def write_config(save: Path, options: dict, model: str, data: dict, device: torch.device) -> None:
+    """config.json: options, data, device, versions and git commit of a run."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+    config = {"options": options, "model": model, "data": data, **environment(device), "versions": versions}
+    write_json(save / CONFIG, {**config, "git_commit": commit or None})
 
 
-@torch.no_grad()
-def initialize(model: nn.Module) -> None:
-    """He-normal weights (He et al., 2015, fan_in), zero biases; drawn from torch's default generator."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What decides the last bits of a result besides the options."""
+    cuda = device.type == "cuda"
+    tf32 = cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "float32_convolutions": "TF32" if tf32 else "float32",
+    }
+
+
+def note_environment(then: dict, device: torch.device) -> None:
+    """Say what has changed since `environment` gave `then`, if anything."""
+    now = environment(device)
+    changed = [f"{key} {old} then, {now[key]} now" for key, old in then.items() if old != now[key]]
+    if changed:
+        print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- generators
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -153,46 +305,35 @@ def set_generator_states(states: dict[str, torch.Tensor], device: torch.device) 
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-# -------------------------------------------------------------------------------------------------------- logs
+# ------------------------------------------------------------------------------------------------------- logs
 
 
 class RunLog:
-    """The metric log of a run: `log.txt`, one `json_stats: {...}` line per epoch, and TensorBoard.
+    """log.txt: one line `json_stats: {...}` for each finished epoch.
 
     Args:
         directory: the run's.
-        history: statistics of the epochs that are finished already; log.txt starts with just these, and TensorBoard
-            drops what an interrupted run wrote after them (its `purge_step`).
+        history: statistics of the epochs that are finished already; the file starts with just these.
     """
 
     def __init__(self, directory: Path, history: list[dict]):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only a training run needs it
-
         self.path = directory / LOG
         lines = "".join(map(_log_line, history))
         write_whole(self.path, lambda file: file.write(lines.encode()))
-        self.board = SummaryWriter(str(directory), purge_step=len(history) + 1 if history else 0)
 
-    def add(self, stats: dict, scalars: dict[str, float]) -> None:
-        """Append an epoch's statistics to log.txt and its scalars to TensorBoard, both safe on disk on return."""
+    def add(self, stats: dict) -> None:
+        """Append an epoch's statistics, safe on disk on return."""
         with open(self.path, "a") as file:
             file.write(_log_line(stats))
             file.flush()
             os.fsync(file.fileno())
-        for tag, value in scalars.items():
-            self.board.add_scalar(tag, value, stats["epoch"])
-        self.board.flush()
-
-    def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        self.board.close()
 
 
 def _log_line(stats: dict) -> str:
     return f"json_stats: {json.dumps(stats)}\n"
 
 
-# -------------------------------------------------------------------------------------------------------- stop
+# ------------------------------------------------------------------------------------------------------- stop
 
 
 class StopRequest:

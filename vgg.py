@@ -1,22 +1,22 @@
 """VGG (Simonyan & Zisserman, 2015) as trained in "Riemannian approach to batch normalization".
 
-Five groups of 3x3 convolutions of widths 64, 128, 256, 512, 512, each group ended by a 2x2 max pool; two fully
-connected layers 512 -> 512; a linear classifier. Batch normalization, with a shift but no scale, and ReLU follow every
-layer but the last, so every weight but the classifier's matters only through the directions of its rows.
+Five groups of 3x3 convolutions of widths 64, 128, 256, 512, 512, each group ended by a 2x2 max pool; two
+fully connected layers 512 -> 512; a linear classifier. Batch normalization, with a shift but no scale, and
+ReLU follow every layer but the last, so every weight but the classifier's matters only through the directions
+of its rows.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from utils import initialize
-
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # of each group
 
 
 class VGG(nn.Module):
-    """Pictures (N, 3, 32, 32) -> logits (N, num_classes). In training N is at least 2, as batch normalization needs.
+    """Pictures (N, 3, 32, 32) -> logits (N, num_classes). In training N is at least 2, as batch normalization
+    needs.
 
     Args:
         depth: 11, 13, 16 or 19 layers with weights. A ValueError names the four otherwise.
@@ -41,7 +41,10 @@ class VGG(nn.Module):
         self.fc1 = nn.Linear(512, 512, bias=False)
         self.bn1 = without_scale(nn.BatchNorm1d(512))
         self.fc = nn.Linear(512, num_classes)
-        initialize(self)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")  # He et al., 2015
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.group4(self.group3(self.group2(self.group1(self.group0(x)))))
@@ -52,7 +55,8 @@ class VGG(nn.Module):
 
 
 def make_group(in_width: int, width: int, convolutions: int, dropout: float) -> nn.Sequential:
-    """(N, in_width, H, W) -> (N, width, H / 2, W / 2): convolutions with BN and ReLU; max pool; dropout, if any."""
+    """(N, in_width, H, W) -> (N, width, H / 2, W / 2): convolutions with BN and ReLU; max pool; dropout, if
+    any."""
     group = nn.Sequential()
     for j in range(convolutions):
         group.add_module(f"conv{j}", nn.Conv2d(in_width if j == 0 else width, width, 3, padding=1, bias=False))
@@ -67,7 +71,8 @@ def make_group(in_width: int, width: int, convolutions: int, dropout: float) -> 
 def without_scale(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
     """The same module with its scale a constant 1: no parameter, not in the state dict.
 
-    A buffer rather than None, because PyTorch calls cuDNN's batch normalization only with both a scale and a shift.
+    A buffer rather than None, because PyTorch calls cuDNN's batch normalization only with both a scale and a
+    shift.
     """
     scale = torch.ones_like(bn.weight.detach())
     del bn.weight
