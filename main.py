@@ -1,10 +1,9 @@
-"""Train Wide ResNet or VGG with SGD, SGD-G or Adam-G, as in "Riemannian approach to batch normalization"
-(NIPS 2017).
+"""Train Wide ResNet or VGG with SGD, SGD-G or Adam-G (Riemannian approach to batch normalization, NIPS 2017).
 
     python main.py --depth 28 --width 10 --dataset CIFAR10 --optim_method SGDG
 
 Read from the top: the network, the optimizer over the paper's parameter groups, one step, an epoch, the run.
-A model of your own needs `make_optimizer`'s two calls and nothing else of this file.
+For a model of your own, `make_optimizer` shows all that is needed.
 """
 
 # ruff: noqa: E402
@@ -16,7 +15,6 @@ import math
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
@@ -77,8 +75,7 @@ def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
 
 
 def random_loss(model: nn.Module) -> Tensor:
-    """The loss of random pictures with random labels: which weights are scale-invariant does not depend on
-    them."""
+    """The loss of random images and labels: which weights are scale-invariant does not depend on them."""
     x = torch.randn(64, 3, 32, 32, device=next(model.parameters()).device)
     logits = model(x)
     return cross_entropy(logits, torch.randint(logits.shape[1], (len(x),), device=x.device))
@@ -98,14 +95,12 @@ class Training:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.forward = torch.compile(self.model) if options.compile else self.model
         self.optimizer = make_optimizer(self.model, options)
-        self.schedule = torch.optim.lr_scheduler.MultiStepLR(
-            self.optimizer, options.epoch_step, gamma=options.lr_decay_ratio
-        )
+        drops, ratio = options.epoch_step, options.lr_decay_ratio
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, drops, gamma=ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")
         self.probe = report.GrassmannProbe(self.model, self.optimizer, self.device)
-        self.mean, self.std = (
-            torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (data.mean, data.std)
-        )
+        self.mean = torch.tensor(data.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(data.std, device=self.device).view(1, 3, 1, 1)
         self.epoch = 0  # finished epochs
         self.history: list[dict] = []  # their statistics
         self.start_epoch()
@@ -115,14 +110,13 @@ class Training:
         self.batch = 0  # finished batches of this epoch
         self.train_time = 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, wrong
-        self.bad_step = torch.zeros(
-            (), dtype=torch.int64, device=self.device
-        )  # first with a non-finite loss; 0: none
+        # The first step with a non-finite loss, counted from 1; 0: none.
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def plan(self) -> EpochPlan:
         """What this epoch does with the pictures; UserError if the training set has no full batch."""
         options, n = self.options, len(self.data.train_labels)
-        flip, pad = self.data.flip, options.randomcrop_pad
+        pad, flip = options.randomcrop_pad, self.data.flip
         return EpochPlan(n, options.batch_size, seed=options.seed, epoch=self.epoch, pad=pad, flip=flip)
 
     def step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,8 +131,7 @@ class Training:
         return loss.detach(), logits.detach()
 
     def inputs(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, H, W, 3) on the host -> normalized float32 (B, 3, H, W), channels_last, on the device;
-        labels."""
+        """uint8 (B, H, W, 3) on the host -> normalized float32 (B, 3, H, W) on the device, channels_last."""
         x = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return (x.float() - self.mean) / self.std, labels.to(self.device, non_blocking=True)
 
@@ -160,38 +153,26 @@ class Training:
 
     def check_finite(self) -> None:
         """UserError if a loss of this epoch, or a weight, is not finite."""
-        rates = ", ".join(
-            f"{name} {value:g}" for name, value in self.learning_rates().items() if value is not None
-        )
-        advice = f"({rates}); the last good checkpoint, if any, is kept: try lower learning rates"
+        rates = {name: rate for name, rate in self.learning_rates().items() if rate is not None}
+        text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        advice = f"({text}); the last good checkpoint, if any, is kept: try lower learning rates"
+        epoch = self.epoch + 1
         if step := self.bad_step.item():
-            raise UserError(f"the loss is not finite since epoch {self.epoch + 1}, step {step} {advice}")
+            raise UserError(f"the loss is not finite since epoch {epoch}, step {step} {advice}")
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise UserError(
-                f"a weight is not finite in epoch {self.epoch + 1}, after step {self.batch} {advice}"
-            )
+            raise UserError(f"a weight is not finite in epoch {epoch}, after step {self.batch} {advice}")
 
-    def parts(self) -> dict:
-        """What has a state_dict of its own."""
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "scaler": self.scaler,
-            "probe": self.probe,
-        }
+    PARTS = ("model", "optimizer", "schedule", "scaler", "probe")  # have a state_dict
+    PLAIN = ("epoch", "batch", "train_time", "history")
 
     def state(self) -> dict:
         """The checkpoint: tensors and plain Python values only."""
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        del state["schedule"]["milestones"]  # an option
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        del parts["schedule"]["milestones"]  # an option
         return {
-            **state,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "train_time": self.train_time,
+            **parts,
+            **{name: getattr(self, name) for name in self.PLAIN},
             "sums": self.sums,
-            "history": self.history,
             "options": self.options.of_run(),
             "environment": utils.environment(self.device),
             "data_sha256": self.data.sha256,
@@ -199,18 +180,15 @@ class Training:
         }
 
     def restore(self, state: dict) -> None:
-        """Go on where the checkpoint was written; UserError where it belongs to another model or other
-        data."""
+        """Go on where the checkpoint was written; UserError if it is of another model or of other data."""
         with utils.reading_checkpoint():
             if state["data_sha256"] != self.data.sha256:
-                raise UserError(
-                    "the checkpoint was trained on other pictures than --dataset and --dataroot hold now"
-                )
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
+                raise UserError("the checkpoint is of other pictures than --dataset and --dataroot name")
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            for name in self.PLAIN:
+                setattr(self, name, state[name])
             self.sums.copy_(state["sums"])
-            self.epoch, self.batch, self.train_time = state["epoch"], state["batch"], state["train_time"]
-            self.history = state["history"]
             utils.set_generator_states(state["generators"], self.device)
             if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
                 raise ValueError("its history has gaps")
@@ -250,10 +228,8 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
 def test_logits(t: Training) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (B, classes) and labels (B,) on the device, batch by batch over all test pictures."""
     t.model.eval()
-    pin = t.device.type == "cuda"
-    for images, labels in eval_batches(
-        t.data.test_images, t.data.test_labels, t.options.batch_size, pin_memory=pin
-    ):
+    data, pin = t.data, t.device.type == "cuda"
+    for images, labels in eval_batches(data.test_images, data.test_labels, t.options.batch_size, pin):
         x, labels = t.inputs(images, labels)
         with t.autocast():
             logits = t.forward(x)
@@ -273,14 +249,31 @@ def evaluate(t: Training, stop: StopRequest) -> tuple[float, float] | None:
     return loss / n, 100 * wrong / n
 
 
-def finish_epoch(t: Training, test_loss: float, test_error: float, test_time: float) -> dict[str, float]:
-    """Add the epoch to t.history, step the schedule, make t ready for the next; the diagnostics of each
-    layer."""
+def end_epoch(t: Training, log: utils.RunLog, board: report.Board, stop: StopRequest) -> None:
+    """Evaluate, log, step the schedule, make t ready for the next epoch; nothing if a signal comes first."""
+    started = time.perf_counter()
+    result = evaluate(t, stop)
+    if result is None:
+        return
+    if not math.isfinite(result[0]):
+        advice = "the last good checkpoint is kept"
+        raise UserError(f"the test loss is not finite after epoch {t.epoch + 1}; {advice}")
     t.epoch += 1
+    means, layers = t.probe.read()
+    stats = epoch_statistics(t, means, *result, time.perf_counter() - started)
+    t.history.append(stats)
+    log.add(stats)
+    board.add(stats, layers)
+    report.print_epoch(t.options, stats)
+    t.schedule.step()
+    t.start_epoch()
+
+
+def epoch_statistics(t: Training, probe: dict, test_loss: float, test_error: float, test_time: float) -> dict:
+    """The line of log.txt for the epoch that t has just finished."""
     images = t.batch * t.options.batch_size
     loss, wrong = t.sums.tolist()
-    means, layers = t.probe.read()
-    stats = {
+    return {
         "train_loss": loss / t.batch,
         "train_acc": 100 - 100 * wrong / images,
         "test_loss": test_loss,
@@ -291,14 +284,10 @@ def finish_epoch(t: Training, test_loss: float, test_error: float, test_time: fl
         "images_per_sec": images / t.train_time,
         "n_parameters": sum(p.numel() for p in t.model.parameters() if p.requires_grad),
         "num_classes": len(t.data.classes),
-        **means,
+        **probe,
         **t.options.of_run(),
         **t.learning_rates(),
     }
-    t.history.append(stats)
-    t.schedule.step()
-    t.start_epoch()
-    return layers
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -316,24 +305,11 @@ def train(t: Training, stop: StopRequest) -> int:
         while t.epoch < options.epochs:
             if t.batch < steps:
                 train_epoch(t, batches, stop)
-            started = time.perf_counter()
-            # A deadline may come during the evaluation: with less time than one takes, a run would never get
-            # on.
-            result = evaluate(t, stop) if t.batch == steps and not stop.by_signal else None
-            if result is not None:
-                if not math.isfinite(result[0]):
-                    raise UserError(
-                        f"the test loss is not finite after epoch {t.epoch + 1}; the last good checkpoint is kept"
-                    )
-                layers = finish_epoch(t, *result, time.perf_counter() - started)
-                stats = t.history[-1]
-                log.add(stats)
-                board.add(stats, layers)
-                report.print_epoch(options, stats)
-                if t.epoch == options.epochs:
-                    board.add_result(
-                        options, stats
-                    )  # before the checkpoint that says that nothing is left to do
+            # Not if the deadline has come: a run with less time than an evaluation takes would never get on.
+            if t.batch == steps and not stop.by_signal:
+                end_epoch(t, log, board, stop)
+            if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
+                board.add_result(options, t.history[-1])
             utils.save_checkpoint(options.save / CHECKPOINT, t.state())
             if stop and t.epoch < options.epochs:
                 where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
@@ -356,10 +332,7 @@ def print_evaluation(t: Training) -> None:
 
 
 def print_summary(options: Options, checkpoint: dict | None) -> None:
-    """What a run would start with, the checkpoint's weights, if any, and the multiply-adds of one picture.
-
-    No data set is needed but a folder's.
-    """
+    """What a run would start with, a checkpoint's weights, multiply-adds; reads no data but a folder's."""
     classes = 100 if options.dataset == "CIFAR100" else 10
     if options.dataset == "folder":
         classes = len(load_data(options.dataset, options.dataroot, options.dataset_name).classes)
@@ -389,8 +362,7 @@ def run(argv: list[str] | None) -> int:
         def claim(save, own):
             lock.enter_context(utils.claim_directory(save, own))
 
-        options, checkpoint = parse_options(argv, claim)
-        check_network(options)
+        options, checkpoint = parse_options(argv, check_network, claim)
         if options.summary:
             print_summary(options, checkpoint)
             return 0
@@ -399,45 +371,22 @@ def run(argv: list[str] | None) -> int:
             with suppress(OSError):  # a sweep knows a finished run by a checkpoint that is newer than the log
                 os.utime(options.save / CHECKPOINT)
             return 0
-        make_repeatable()
+        utils.make_repeatable()
         data = load_data(options.dataset, options.dataroot, options.dataset_name)
         t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
         if checkpoint and "options" in checkpoint:
             t.restore(checkpoint)
-        elif checkpoint:
-            start_from_weights(t, checkpoint)
+        elif checkpoint:  # of the authors' script
+            utils.load_weights(t.model, checkpoint)
         if options.eval:
             print_evaluation(t)
             return 0
         t.plan()  # an impossible --batchSize ends here, before a file is written
-        utils.write_config(
-            options.save, options.of_run(), model_name(options), t.data.description(), t.device
-        )
+        config = options.of_run(), model_name(options), t.data.description()
+        utils.write_config(options.save, *config, t.device)
         report.print_start(options, t.model, t.optimizer, t.device)
         deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes
         return train(t, StopRequest(deadline))
-
-
-def make_repeatable() -> None:
-    """The same bits again after a resume, on a GPU too; channels_last lets cuDNN choose well without a
-    search."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
-    # TF32 for float32 convolutions only: the regularizer needs exact products, and besides it only fc has
-    # one.
-    torch.backends.cudnn.allow_tf32 = True
-    # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-
-def start_from_weights(t: Training, checkpoint: dict) -> None:
-    """Take over what a checkpoint of the authors' script holds of use, and say what not."""
-    utils.load_weights(t.model, checkpoint)
-    print(
-        f"note: weights and running averages are those of the authors' script after {checkpoint['authors_epoch']} "
-        "epochs; its optimizer state and epoch are not taken over, and its options are not in the checkpoint",
-        flush=True,
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

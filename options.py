@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils import CHECKPOINT, CONFIG, LOG, UsageError, UserError, load_checkpoint
+from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, load_checkpoint
 
 METHODS = ("SGD", "SGDG", "AdamG")
 
@@ -159,16 +159,16 @@ def whole(text: str) -> int:
         return int(value)
 
 
-def number(kind: type, low: float, high: float = math.inf, *, exclusive: bool = False):
-    """An argparse type: a finite int or float from low (itself allowed unless `exclusive`) to below high."""
-    what = "a whole number" if kind is int else "a number"
+def number(kind: Callable[[str], float], low: float, high: float = math.inf, *, exclusive: bool = False):
+    """An argparse type: a finite number from low (itself allowed unless `exclusive`) to below high."""
+    what = "a number" if kind is float else "a whole number"
     bound = f"{'above' if exclusive else 'of at least'} {low}" + (
         "" if high == math.inf else f" and below {high}"
     )
 
     def parse(text: str):
         try:
-            value = whole(text) if kind is int else kind(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not (low < value < high or (value == low and not exclusive)):
@@ -258,7 +258,7 @@ def add_model_flags(group) -> None:
     """The network."""
     add_flag(group, "--model", choices=["resnet", *VGGS], help="network")
     add_flag(group, "--depth", type=number(int, 1), help="depth 6n+4 of a Wide ResNet")
-    add_flag(group, "--width", type=number(int, 1), help="its widening factor")
+    add_flag(group, "--width", type=number(whole, 1), help="its widening factor")
     dropout = "between a block's two convolutions; VGG: after each pool"
     add_flag(group, "--dropout", type=number(float, 0, 1), help=dropout)
 
@@ -272,7 +272,7 @@ def add_data_flags(group) -> None:
     )
     add_flag(group, "--dataset_name", default="folder", help="what a folder is called in logs")
     pad = "reflected border before the random crop, in pixels"
-    add_flag(group, "--randomcrop_pad", type=number(int, 0, 32), help=pad)
+    add_flag(group, "--randomcrop_pad", type=number(whole, 0, 32), help=pad)
     holdout = "test on so many training pictures instead, to choose hyperparameters"
     add_flag(group, "--holdout", type=number(int, 0), help=holdout)
     add_flag(
@@ -332,15 +332,18 @@ def add_run_flags(group) -> None:
 
 
 def parse_options(
-    argv: list[str] | None, claim: Callable[[Path, bool], object] = lambda save, own: None
+    argv: list[str] | None,
+    check: Callable[[Options], object] = lambda options: None,
+    claim: Callable[[Path, bool], object] = lambda save, own: None,
 ) -> tuple[Options, dict | None]:
     """The options, and the checkpoint to start from, if any. One that is given without an effect is named.
 
     Args:
-        argv: as `sys.argv[1:]`, or None for that. claim: called as `claim(save, own)` with the directory that
-        a run would write to, once, and before a checkpoint
-            in it is read; `own`: a run that is already there is the one to continue. Not for --eval and
-            --summary.
+        argv: as `sys.argv[1:]`, or None for that.
+        check: raises a UsageError for options that do not go together.
+        claim: called once as `claim(save, own)` with the directory that a run will write to; `own`: the run
+            that is in it is the one to continue. Then it comes before the checkpoint there is read, as a run
+            that is just ending might still write. Not for --eval and --summary, nor for a finished run.
 
     Raises:
         UsageError: a flag or value that is not accepted, or one that differs from the checkpoint's.
@@ -349,31 +352,31 @@ def parse_options(
     given = vars(make_parser().parse_args(argv))
     check_legacy_flags(given)
     call = {name: given.pop(name, default) for name, default in PER_CALL.items()}
-    fresh = fill_in(given)
+    options = fresh = fill_in(given)
     save, source, own = find_places(call, fresh)
-    trains = not (call["eval"] or call["summary"])
+    checkpoint = None
     finished = None if source is None or source.exists() else finished_options(save)
-    claim_now = trains and own and save.is_dir() and not finished
-    if claim_now:  # now nobody else writes there, as a run that is just ending might
+    writes = not (call["eval"] or call["summary"] or finished)
+    claimed = writes and own and (save / LOCK).exists()  # else nobody has written there
+    if claimed:
         claim(save, own)
-
-    options, checkpoint = fresh, None
-    if source and (source.exists() or call["resume"] != "auto"):
+    if finished and own:
+        options = continue_with(given, finished, save / CONFIG)
+        if options["epochs"] != finished["epochs"]:
+            raise UsageError(f"{save} has no checkpoint any more to go on from; choose another --save")
+    elif source and (source.exists() or call["resume"] != "auto"):
         checkpoint = load_checkpoint(source)
         if "options" in checkpoint:
             options = continue_with(given, checkpoint["options"], source)
         else:  # weights alone, of the authors' script
             save = Path(call["save"] or default_save(fresh))
-    elif finished:
-        options = continue_with(given, finished, save / CONFIG)
-        if options["epochs"] != finished["epochs"]:
-            raise UsageError(f"{save} has no checkpoint any more to go on from; choose another --save")
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
     check_options(options)
-    if trains and not claim_now and not finished:
-        claim(save, own)
     result = Options(**options, **{**call, "save": save})
+    check(result)
+    if writes and not claimed:
+        claim(save, own)
     note_unused([name for name in given if options[name] is None and given[name] is not None], result)
     return result, checkpoint
 
@@ -434,7 +437,7 @@ def check_legacy_flags(given: dict) -> None:
     something."""
     if given.pop("cuda", False) and (given.get("device") == "cpu" or not torch.cuda.is_available()):
         raise UsageError(
-            "--cuda: there is no CUDA device to use; leave it out (--device auto takes a GPU where there is one)"
+            "--cuda: there is no CUDA device to use; leave it out (--device auto takes a GPU if there is one)"
         )
     for flag, (harmless, way) in LEGACY.items():
         if (value := given.pop(flag, harmless)) != harmless:
@@ -479,7 +482,7 @@ def check_options(options: dict) -> None:
     """What no single flag can tell; UsageError."""
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "--device cuda: no CUDA device is available; use --device cpu, or check the driver with nvidia-smi"
+            "--device cuda: no CUDA device is available; use --device cpu, or check with nvidia-smi"
         )
     if options["dtype"] == "float16" and choose_device(options["device"]).type == "cpu":
         raise UsageError("--dtype float16 needs a GPU (it crawls on the CPU); use float32 or bfloat16")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
-from options import MAY_CHANGE, Options, model_name
+from options import MAY_CHANGE, Options
 from utils import CONFIG, environment
 
 # ------------------------------------------------------------------------------------------------ the console
@@ -61,22 +61,19 @@ def print_multiply_adds(model: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def print_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Of each parameter its group, mean and deviation; of matrices the rows' norms and the largest |cos|
-    between rows."""
+    """Of each parameter its mean, deviation and group; of matrices the rows' norms and largest |cos|."""
     group_of = group_names(optimizer)
-    print(
-        f"{'weights of the checkpoint':29} {'mean':>9} {'deviation':>9} {'norms of rows':>17} {'|cos|':>6}  group"
-    )
+    columns = f"{'mean':>8} {'std':>8} {'norms of rows':>15} |cos|"
+    print(f"{'weights of the checkpoint':29} {columns} group")
     for name, p in model.named_parameters():
-        deviation = p.std(correction=0)
-        line = f"{name:29} {p.mean():9.2g} {deviation:9.2g}"
+        line = f"{name:29} {p.mean():8.1e} {p.std(correction=0):8.1e} "
         if p.ndim > 1:
             y, norms = unit(p.flatten(1).float())
             cosines = (y @ y.T).fill_diagonal_(0).abs()
-            line += f" {norms.min():8.3g} {norms.max():8.3g} {cosines.max():6.3f}"
+            line += f"{norms.min():7.3g} {norms.max():7.3g} {cosines.max():5.3f}"
         else:
-            line += " " * 25
-        print(f"{line}  {group_of[p]}")
+            line += " " * 21
+        print(f"{line} {group_of[p].partition(',')[0]}")
 
 
 def print_epoch(options: Options, stats: dict) -> None:

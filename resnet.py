@@ -37,9 +37,8 @@ def blocks_per_group(depth: int) -> int:
     """n of a network of 6n + 4 layers; ValueError names the nearest two depths where there is none."""
     blocks = max(1, (depth - 4) // 6)
     if depth != 6 * blocks + 4:
-        raise ValueError(
-            f"a Wide ResNet has a depth of 6n+4, got {depth}; the nearest are {6 * blocks + 4} and {6 * blocks + 10}"
-        )
+        nearest = f"{6 * blocks + 4} and {6 * blocks + 10}"
+        raise ValueError(f"a Wide ResNet has a depth of 6n+4, got {depth}; the nearest are {nearest}")
     return blocks
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,18 +143,23 @@ def names_of_today(params: dict, stats: dict) -> dict:
 
 
 def load_weights(model: nn.Module, checkpoint: dict) -> None:
-    """The weights and running averages of a checkpoint, alone; UserError where they are of another model."""
+    """The weights and running averages of a checkpoint, alone; says what of an authors' one is left out.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    own = model.state_dict()
     # The authors' checkpoints do not count the batches, which nothing here reads.
-    counts = {
-        name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")
-    }
+    counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
     try:
         model.load_state_dict({**counts, **checkpoint["model"]})
     except (AttributeError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the checkpoint's weights do not fit ({reason}); check --depth and --width"
-        ) from error
+        advice = "check --model, --depth and --width"
+        raise UserError(f"the checkpoint's weights do not fit ({reason}); {advice}") from error
+    if "authors_epoch" in checkpoint:
+        left_out = "the epoch and the optimizer's state are not taken over, and it has no options"
+        print(f"note: weights of the authors' script after {checkpoint['authors_epoch']} epochs; {left_out}")
 
 
 @contextmanager
@@ -183,22 +189,14 @@ def claim_directory(save: Path, own: bool) -> BinaryIO:
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
     there = [name for name in (CONFIG, LOG, CHECKPOINT, AUTHORS_CHECKPOINT) if (save / name).exists()]
-    if there and not is_ours(save, there):
+    other = "choose another --save"
+    if there and not own and is_ours(save, there):
+        raise UsageError(f"{save} already holds a run; continue it with --resume auto, or {other}")
+    logged = (save / LOG).read_text(errors="replace").count("\n") if LOG in there else 0
+    # A run that was killed before it wrote its first checkpoint has logged one epoch at most.
+    if there and not (is_ours(save, there) and (CHECKPOINT in there or logged <= 1)):
         names = " and ".join(there)
-        raise UsageError(
-            f"{save} holds {names}, not written by main.py and left as it is; choose another --save"
-        )
-    if there and not own:
-        raise UsageError(
-            f"{save} already holds a run; continue it with --resume auto, or choose another --save"
-        )
-    # Without a checkpoint a run can have logged one epoch at most, if it was killed before it wrote the
-    # first.
-    log = save / LOG
-    if CHECKPOINT not in there and LOG in there and log.read_text(errors="replace").count("\n") > 1:
-        raise UsageError(
-            f"{save} holds the log of a run but no checkpoint to resume from; choose another --save"
-        )
+        raise UsageError(f"{save} holds {names} but no checkpoint of main.py, and is left as it is; {other}")
     return lock_directory(save)
 
 
@@ -213,8 +211,7 @@ def is_ours(save: Path, there: list[str]) -> bool:
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock a run's directory against a second writer until the returned file is closed, if only by the
-    process's end.
+    """Lock a run's directory against a second writer until the returned file is closed, or the process ends.
 
     Raises:
         UserError: a living process holds the lock, on this machine or on one that shares the file system.
@@ -274,6 +271,16 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "torch": str(torch.__version__),
         "float32_convolutions": "TF32" if tf32 else "float32",
     }
+
+
+def make_repeatable() -> None:
+    """The same bits after a resume, on a GPU too; channels_last lets cuDNN choose well without a search."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    # TF32 for float32 convolutions only: the regularizer needs exact matrix products.
+    torch.backends.cudnn.allow_tf32 = True
+    # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def note_environment(then: dict, device: torch.device) -> None:

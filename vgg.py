@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 WIDTHS = (64, 128, 256, 512, 512)
-CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # of each group
+# Of each group, by depth:
+CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class VGG(nn.Module):
@@ -59,7 +60,8 @@ def make_group(in_width: int, width: int, convolutions: int, dropout: float) -> 
     any."""
     group = nn.Sequential()
     for j in range(convolutions):
-        group.add_module(f"conv{j}", nn.Conv2d(in_width if j == 0 else width, width, 3, padding=1, bias=False))
+        inputs = in_width if j == 0 else width
+        group.add_module(f"conv{j}", nn.Conv2d(inputs, width, 3, padding=1, bias=False))
         group.add_module(f"bn{j}", without_scale(nn.BatchNorm2d(width)))
         group.add_module(f"relu{j}", nn.ReLU(inplace=True))
     group.add_module("pool", nn.MaxPool2d(2))

@@ -17,6 +17,7 @@ from helpers import METHODS, STEPS, assert_one_sentence, assert_same_run, call, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import utils
 
 TEST_BATCHES = 2  # of an evaluation of `tiny`
 # The loop asks whether to stop after each step, before the evaluation, after each of its batches and after the epoch.
@@ -189,7 +190,7 @@ class TestStop:
 class TestResume:
     def test_tensorboard_has_each_epoch_once(self, tiny, finished, tmp_path, monkeypatch):
         save = tmp_path / "run"
-        true_save = main.save_checkpoint
+        true_save = utils.save_checkpoint
 
         def die(path, state):
             if state["epoch"] == 2:
@@ -197,7 +198,7 @@ class TestResume:
             true_save(path, state)
 
         with monkeypatch.context() as patch:
-            patch.setattr(main, "save_checkpoint", die)
+            patch.setattr(utils, "save_checkpoint", die)
             assert call(*tiny("SGDG", save)).code == 130
         assert (len(log_lines(save)), load(save)["epoch"]) == (2, 1)
         wait_for_the_next_second()
