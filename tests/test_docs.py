@@ -1,4 +1,4 @@
-"""Every page says what the code does: flags, defaults, commands, code, numbers, places, paths, the file map."""
+"""Every page says what the code does: flags, defaults, commands, code, numbers, places, paths, file map."""
 
 import importlib
 import re
@@ -40,10 +40,8 @@ ACTIONS = {flag: a for a in options.make_parser()._actions for flag in a.option_
 
 def table_rows(text):
     """The rows of all tables as lists of cells."""
-    return [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in re.findall(r"^\|.*\|$", text, re.M)
-    ]
+    lines = re.findall(r"^\|(.*)\|$", text, re.M)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
 
 
 def code_blocks(text):
@@ -55,9 +53,7 @@ def test_no_page_names_a_flag_that_does_not_exist(page):
     text = TEXT[page]
     if page == "docs/differences.md":
         text = re.sub(r"^\| .*? \|", "|", text, flags=re.M)  # the first cell says it in the authors' words
-    files = [
-        path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).iterdir() if path.is_file()
-    ]
+    files = [path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).glob("*.*")]
     of_scripts = {flag for path in files for flag in re.findall(FLAG, path.read_text())}
     assert set(re.findall(FLAG, text)) <= ACTIONS.keys() | of_scripts | OF_OTHER_PROGRAMS
 
@@ -87,16 +83,11 @@ def test_each_flag_stands_with_its_default():
 def test_the_papers_values(number, dataset):
     rows = table_rows(RUNNING)
     head = [i for i, row in enumerate(rows) if row == ["flag", *METHODS]][number]
-    table = {
-        row[0].strip("`"): row[1:]
-        for row in rows[head + 2 :][: len(options.paper_values("resnet", dataset, "SGD"))]
-    }
-    for column, method in enumerate(METHODS):
-        said = {flag: row[column] for flag, row in table.items()}
-        values = {
-            ACTIONS[f].dest: None if text == "none" else ACTIONS[f].type(text) for f, text in said.items()
-        }
-        assert values == options.paper_values("resnet", dataset, method), method
+    for column, method in enumerate(METHODS, start=1):
+        paper = options.paper_values("resnet", dataset, method)
+        said = {row[0].strip("`"): row[column] for row in rows[head + 2 :][: len(paper)]}
+        values = {f: None if text == "none" else ACTIONS[f].type(text) for f, text in said.items()}
+        assert {ACTIONS[flag].dest: value for flag, value in values.items()} == paper, method
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -200,17 +191,15 @@ def test_each_equation_names_the_function_that_cites_it():
 
 
 def test_nothing_else_of_the_paper_is_cited_by_number():
-    files = [
-        p for pattern in ("*.py", "scripts/*", "benchmarks/*", "tests/**/*.py") for p in ROOT.glob(pattern)
-    ]
-    texts = TEXT | {str(path): path.read_text() for path in files if path.is_file()}
+    patterns = ("*.py", "scripts/*.*", "benchmarks/*.py", "tests/**/*.py")
+    texts = TEXT | {path: path.read_text() for pattern in patterns for path in ROOT.glob(pattern)}
     for where, text in texts.items():
         cited = re.findall(r"\b(?:Eqs?\.|Equations?|Algorithm|Theorem|Lemma|Definition|Section) \d+", text)
         assert set(cited) <= {"Eq. 6", "Eq. 7", "Eq. 8", "Eq. 9", "Algorithm 1"}, where
 
 
 def test_the_papers_numbers_and_ours():
-    """The paper's are those that the tables are made with; ours stand in the page that is made from the logs."""
+    """The paper's are those that the tables are made with; ours stand in the page made from the logs."""
     rows = {row[0].lower(): row[1:4] for row in table_rows(README) if row[-1] == "not run yet"}
     said = {
         (dataset, model): tuple(map(float, cell.split(" / ")))
@@ -218,9 +207,8 @@ def test_the_papers_numbers_and_ours():
         for dataset, cell in zip(("CIFAR10", "CIFAR100", "SVHN"), cells, strict=True)
         if cell
     }
-    assert said == {
-        (d, m): errors for d, paper in summarize.PAPER.items() for m, errors in paper.errors.items()
-    }
+    paper = {(d, m): errors for d, paper in summarize.PAPER.items() for m, errors in paper.errors.items()}
+    assert said == paper
     ours = re.findall(r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+, n = \d+\)", README)
     assert ours
     results = TEXT["docs/results.md"].replace("**", "")
