@@ -1,106 +1,113 @@
-"""The README and docs/method.md say what the code does: flags, defaults, commands, code, paths."""
+"""Every page says what the code does: flags, defaults, commands, code, numbers, places, paths, file map."""
 
 import importlib
 import re
 import shlex
+import subprocess
 
 import pytest
+import summarize
 import torch
-from helpers import ROOT
+from helpers import METHODS, ROOT
 from torch.nn.functional import cross_entropy
 
-import main
+import options
 from resnet import WideResNet
 
-PAGES = ["README.md", "docs/method.md"]
-# Flags of other programs that the README mentions, and where they come from.
-OTHER_FLAGS = {"--all": "scripts/test.sh", "--print": "scripts/sweep.sh", "--logdir": None} | dict.fromkeys(
-    ("--markdown", "--csv", "--plots", "--x"), "scripts/summarize.py"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "logs/published/*.md")
+    for path in ROOT.glob(pattern)
 )
-# Written by runs, not kept in the repository.
-MADE_BY_RUNS = {
+FLAG = r"(?<![\w-])--[a-zA-Z][\w-]*"
+OF_OTHER_PROGRAMS = {"--help", "--logdir"}  # beside those that stand in scripts/ and benchmarks/
+# Written by runs, or of the authors' code: not kept in the repository.
+NOT_HERE = {
     "config.json",
     "log.txt",
     "checkpoint.pt",
+    "output.txt",
     "logs/quickstart/curves.png",
     "commands.txt",
-    "output.txt",
     "docs/table1.md",
+    "table1.csv",
+    "train.py",
 }
+TEXT = {page: re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S) for page in PAGES}
+README, RUNNING, METHOD = (TEXT[page] for page in ("README.md", "docs/running.md", "docs/method.md"))
+ACTIONS = {flag: a for a in options.make_parser()._actions for flag in a.option_strings if a.dest != "help"}
 
 
-def visible(page):
-    """The text of a page as a reader sees it: without HTML comments."""
-    return re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S)
+def table_rows(text):
+    """The rows of all tables as lists of cells."""
+    lines = re.findall(r"^\|(.*)\|$", text, re.M)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
 
 
-README = visible("README.md")
-TABLE_ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in re.findall(r"^\|.*\|$", README, re.M)]
+def code_blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
-def actions():
-    """The parser's own actions by flag, --help left out."""
-    return {flag: a for a in main.make_parser()._actions for flag in a.option_strings if a.dest != "help"}
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_names_a_flag_that_does_not_exist(page):
+    text = TEXT[page]
+    if page == "docs/differences.md":
+        text = re.sub(r"^\| .*? \|", "|", text, flags=re.M)  # the first cell says it in the authors' words
+    files = [path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).glob("*.*")]
+    of_scripts = {flag for path in files for flag in re.findall(FLAG, path.read_text())}
+    assert set(re.findall(FLAG, text)) <= ACTIONS.keys() | of_scripts | OF_OTHER_PROGRAMS
 
 
-def code_blocks():
-    return re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-
-
-def test_flags_are_those_of_the_parser():
-    named = set(re.findall(r"(?<![\w-])--[a-zA-Z]\w*", README)) - {"--help"}
-    assert named - OTHER_FLAGS.keys() == actions().keys()
-    for flag, file in OTHER_FLAGS.items():
-        assert flag in named
-        assert file is None or flag in (ROOT / file).read_text()
-
-
-def test_default_of_each_flag():
-    """The three-column tables: flag, default, meaning."""
-    rows = {row[0].split(",")[0].strip("`"): row[1].strip("`") for row in TABLE_ROWS if len(row) == 3}
-    paper = main.paper_values("resnet", "CIFAR10", "SGD")
-    for action in main.make_parser()._actions:
-        said, name = rows.get(action.option_strings[0]), action.dest
-        if name in main.LEGACY:
-            assert said == main.LEGACY[name][0]
+def test_each_flag_stands_with_its_default():
+    """docs/running.md, in tables of flag, default, meaning; the authors' own in docs/differences.md."""
+    assert ACTIONS.keys() <= set(re.findall(FLAG, RUNNING))
+    ours, theirs = (
+        {row[0].split(",")[0].strip("`"): row[1].strip("`") for row in table_rows(text) if len(row) == 3}
+        for text in (RUNNING, TEXT["docs/differences.md"])
+    )
+    paper = options.paper_values("resnet", "CIFAR10", "SGD")
+    for flag, name in {a.option_strings[0]: a.dest for a in ACTIONS.values()}.items():
+        if name in options.LEGACY:
+            assert theirs[flag] == options.LEGACY[name][0]
         elif name in paper:
-            assert said == "the paper's", name
-        elif name not in {"help", "cuda", "save", "dataset_name"}:
-            default = (main.DEFAULTS | main.PER_CALL)[name]
+            assert ours[flag] == "the paper's", name
+        elif name not in {"cuda", "save", "dataset_name"}:  # in words
+            default = (options.DEFAULTS | options.PER_CALL)[name]
             if default is None or default is False:
-                assert said == {None: "none", False: "off"}[default], name
+                assert ours[flag] == {None: "none", False: "off"}[default], name
             else:
-                assert type(default)(said) == default, name
+                assert type(default)(ours[flag]) == default, name
 
 
 @pytest.mark.parametrize(("number", "dataset"), [(0, "CIFAR10"), (1, "SVHN")])
 def test_the_papers_values(number, dataset):
-    heads = [i for i, row in enumerate(TABLE_ROWS) if row == ["flag", "SGD", "SGDG", "AdamG"]]
-    values = len(main.paper_values("resnet", dataset, "SGD"))
-    table = {row[0].strip("`"): row[1:] for row in TABLE_ROWS[heads[number] + 2 :][:values]}
-    dests = {actions()[flag].dest: flag for flag in table}
-    for column, method in enumerate(("SGD", "SGDG", "AdamG")):
-        expected = main.paper_values("resnet", dataset, method)
-        assert dests.keys() == expected.keys()
-        for dest, value in expected.items():
-            said = table[dests[dest]][column]
-            assert (None if said == "none" else actions()[dests[dest]].type(said)) == value, (dest, method)
+    rows = table_rows(RUNNING)
+    head = [i for i, row in enumerate(rows) if row == ["flag", *METHODS]][number]
+    for column, method in enumerate(METHODS, start=1):
+        paper = options.paper_values("resnet", dataset, method)
+        said = {row[0].strip("`"): row[column] for row in rows[head + 2 :][: len(paper)]}
+        values = {f: None if text == "none" else ACTIONS[f].type(text) for f, text in said.items()}
+        assert {ACTIONS[flag].dest: value for flag, value in values.items()} == paper, method
 
 
-def test_commands_are_accepted():
-    commands = re.findall(r"^ +python main\.py (.*)$", README, re.M)
-    assert len(commands) >= 6
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_accepted(page):
+    """Of main.py, in blocks and within a sentence."""
+    text = TEXT[page].replace("\\\n", "")  # a command over several lines
+    commands = re.findall(r"python main\.py ([^`\n]*)", text)
+    assert len(commands) >= (6 if page == "README.md" else 0)
     for command in commands:
-        main.make_parser().parse_args(shlex.split(command))
+        if command.strip() != "--help":
+            options.make_parser().parse_args(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["groups by the helper", "groups by hand"])
-def test_the_code_runs_and_trains(number):
-    assert len(code_blocks()) == 3
+def test_the_code_for_a_model_of_ones_own_trains(number):
+    assert len(code_blocks(README)) == 2
     torch.manual_seed(0)
     model = WideResNet(depth=10, width=1, num_classes=10)
     names = {"model": model}
-    exec(code_blocks()[number], names)
+    exec(code_blocks(README)[number], names)
     optimizer = names["optimizer"]
 
     listed = [p for group in optimizer.param_groups for p in group["params"]]
@@ -118,21 +125,48 @@ def test_the_code_runs_and_trains(number):
         torch.testing.assert_close(p.flatten(1).norm(dim=1), torch.ones(len(p)))
 
 
+def test_the_code_that_measures_runs(capsys):
+    [block] = code_blocks(METHOD)
+    torch.manual_seed(0)
+    model = WideResNet(depth=10, width=1, num_classes=10)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    names = {"model": model, "loss_fn": lambda net: cross_entropy(net(images), labels)}
+    exec(block, names)
+    assert capsys.readouterr().out.count("True") == 3
+    assert len(names["groups"][0]["params"]) == 3
+
+
+def test_the_file_map_is_whole():
+    """Its rows link files and folders; a function that a row names stands in the row's file."""
+    rows = [row for row in table_rows(README) if len(row) == 2 and row[0].startswith("[")]
+    mapped = {path for row in rows for path in re.findall(r"\]\(([^)]+)\)", row[0])}
+    git = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
+    if git.returncode == 0:  # not in a tree without git
+        tracked = {path.split("/")[0] for path in git.stdout.splitlines()} - {"README.md"}
+        assert {name for name in tracked if not name.startswith(".")} <= mapped
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert pages - NOT_HERE <= mapped
+    for cell, meaning in rows:
+        files = re.findall(r"\]\((\w+)\.py\)", cell)
+        for name in re.findall(r"`(\w+)`", meaning):
+            assert any(hasattr(importlib.import_module(file), name) for file in files), (files, name)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_exist(page):
-    text = visible(page)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    text = TEXT[page]
+    here = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text):
         if link.startswith("https://"):
             continue
         path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
+        target = here / path if path else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
-    paths = set(
-        re.findall(r"(?<![\w./<>*-])[\w./-]+\.(?:py|sh|md|txt|pt|png|json|toml)\b", re.sub(r"\]\(.*?\)", "", text))
-    )
-    for path in paths - MADE_BY_RUNS:
-        assert (ROOT / path).is_file(), path
+    kinds = "py|sh|md|txt|pt|png|csv|json|toml|cff|yml"
+    paths = re.findall(rf"(?<![\w./<>*-])[\w./-]+\.(?:{kinds})\b", re.sub(r"\]\(.*?\)|https://\S+", "", text))
+    for path in set(paths) - NOT_HERE:
+        assert (ROOT / path).is_file() or (here / path).is_file(), path
 
 
 def anchors(markdown):
@@ -141,21 +175,48 @@ def anchors(markdown):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_places_in_the_code_exist():
-    places = re.findall(r"`(\w+)\.py: (\w+)`", visible("docs/method.md"))
-    assert places
+@pytest.mark.parametrize("page", PAGES)
+def test_places_in_the_code_exist(page):
+    places = re.findall(r"`(\w+)\.py: (\w+)`", TEXT[page])
+    assert places or page != "docs/method.md"
     for module, name in places:
         assert hasattr(importlib.import_module(module), name), (module, name)
 
 
-def test_the_code_that_measures_runs(capsys):
-    model = WideResNet(depth=10, width=1, num_classes=10)
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
-    names = {"model": model, "loss_fn": lambda net: cross_entropy(net(images), labels)}
-    exec(code_blocks()[2], names)
-    assert capsys.readouterr().out.count("True") == 3
-    assert len(names["groups"][0]["params"]) == 3
+def test_each_equation_names_the_function_that_cites_it():
+    rows = [row for row in table_rows(METHOD) if len(row) == 4 and row[2].startswith("Eq.")]
+    assert [row[2] for row in rows] == ["Eq. 6", "Eq. 7", "Eq. 8", "Eq. 9"]
+    for row in rows:
+        module, name = re.match(r"`(\w+)\.py: (\w+)`", row[3]).groups()
+        assert row[2] in getattr(importlib.import_module(module), name).__doc__
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "<!--" not in README
+def test_nothing_else_of_the_paper_is_cited_by_number():
+    patterns = ("*.py", "scripts/*.*", "benchmarks/*.py", "tests/**/*.py")
+    texts = TEXT | {path: path.read_text() for pattern in patterns for path in ROOT.glob(pattern)}
+    for where, text in texts.items():
+        cited = re.findall(r"\b(?:Eqs?\.|Equations?|Algorithm|Theorem|Lemma|Definition|Section) \d+", text)
+        assert set(cited) <= {"Eq. 6", "Eq. 7", "Eq. 8", "Eq. 9", "Algorithm 1"}, where
+
+
+def test_the_papers_numbers_and_ours():
+    """The paper's are those that the tables are made with; ours stand in the page made from the logs."""
+    rows = {row[0].lower(): row[1:4] for row in table_rows(README) if len(row) == 5 and " / " in "".join(row)}
+    said = {
+        (dataset, model): tuple(map(float, cell.split(" / ")))
+        for model, cells in rows.items()
+        for dataset, cell in zip(("CIFAR10", "CIFAR100", "SVHN"), cells, strict=True)
+        if cell
+    }
+    paper = {(d, m): errors for d, paper in summarize.PAPER.items() for m, errors in paper.errors.items()}
+    assert said == paper
+    ours = re.findall(r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+, n = \d+\)", README)
+    assert ours
+    results = TEXT["docs/results.md"].replace("**", "")
+    assert [text for text in ours if text not in results] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_counts_what_goes_stale(page):
+    assert not re.findall(r"(?<!at most )\b\d[\d,]* (?:\w+ )?(?:tests|mutants|faults|lines)\b", TEXT[page])
+    assert "TODO" not in TEXT[page]
