@@ -404,14 +404,14 @@ def best(cells):
 
 def options_by_method(section):
     """{option: {method: its values, as text}} for what may differ within a section and has no column."""
-    values = {}
-    for run in section.runs:
-        for name, value in run.options.items():
-            if name in NO_RESULT or name in SECTION or name in IN_COLUMNS:
-                continue
-            by_method = values.setdefault(name, {})
+    values, runs = {}, section.runs
+    for name in dict.fromkeys(name for run in runs for name in run.options):  # in the options' own order
+        if name in NO_RESULT or name in SECTION or name in IN_COLUMNS:
+            continue
+        values[name] = {}
+        for run in runs:
             if run.method != "SGD" or name not in NOT_OF_SGD:
-                by_method.setdefault(run.method, set()).add(str(value))
+                values[name].setdefault(run.method, set()).add(str(run.options.get(name)))
     return values
 
 

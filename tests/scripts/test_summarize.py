@@ -1,4 +1,4 @@
-"""Tables and figures from run directories: what may be in a cell, what is shown, and what is left out."""
+"""Tables from run directories: what may be in a cell, what is compared and shown, and what is left out."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import figures
 import pytest
 import summarize
 from helpers import ROOT
@@ -18,19 +19,6 @@ OPTIONS = {
     "optim_method": "SGD", "lr": 0.1, "lrg": None, "nthread": 1,
 }  # fmt: skip
 RATES = {"SGD": {}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
-# The paper's tables: SGD, SGD-G and Adam-G on CIFAR-10, then on CIFAR-100; SVHN.
-PAPER_CIFAR = """
-vgg-13     5.88 5.87 6.05  26.17 25.29 24.89
-vgg-19     6.49 5.92 6.02  27.62 25.79 25.59
-wrn-28-10  3.89 3.85 3.78  18.66 18.19 18.30
-wrn-40-10  3.72 3.72 3.80  18.39 18.04 17.85
-"""
-PAPER_SVHN = """
-vgg-13    1.78 1.74 1.72
-vgg-19    1.94 1.81 1.77
-wrn-16-4  1.64 1.67 1.61
-wrn-22-8  1.64 1.63 1.55
-"""
 DIGITS = {"name": "digits", "train_images": 1437, "test_images": 360, "sha256": "a" * 64}
 CIFAR10 = {"name": "CIFAR10", "train_images": 50_000, "test_images": 10_000, "sha256": "c" * 64}
 PAPER_RUN = {"dataset": "CIFAR10", "epochs": 200, "epoch_step": [60, 120, 160]}
@@ -46,8 +34,8 @@ def write_run(path, error, method="SGD", *, data=DIGITS, model="wrn-10-1", writt
         for epoch in range(1, (options["epochs"] if written is None else written) + 1):
             left = options["epochs"] - epoch
             now = error + (10 * left / options["epochs"] if left != 1 else -0.5)
-            record = {"epoch": epoch, "train_loss": 0.01 + left, "test_acc": 100 - now, "train_acc": 90.0}
-            record |= {"test_loss": 1.0, "train_time": 2.0, "test_time": 1.0, "images_per_sec": 700.0}
+            record = {"epoch": epoch, "train_loss": error / 100 + left, "test_acc": 100 - now}
+            record |= {"train_time": 2.0, "test_time": 1.0, "images_per_sec": 600.0 + 100 * error + left}
             log.write(f"json_stats: {json.dumps(options | record)}\n")
     return path
 
@@ -71,7 +59,8 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
     (cell,) = records(tmp_path, capsys, tmp_path / "runs")
     assert [float(cell[name]) for name in ("test_error", "min", "max")] == pytest.approx([4.0, 3.0, 9.0])
     assert (cell["runs"], cell["unfinished"]) == ("5", "0")
-    assert float(cell["train_loss"]) == pytest.approx(0.01)
+    assert float(cell["train_loss"]) == pytest.approx(0.04)  # the last epoch's
+    assert float(cell["images_per_sec"]) == pytest.approx(1002)  # the median epoch's
     assert "4.00 (3.00 to 9.00, n = 5)" in output(capsys, tmp_path / "runs")
 
 
@@ -83,7 +72,15 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
         {"dtype": "bfloat16"},
         {"epochs": 6},
         {"epoch_step": [1, 3]},
+        {"lr_decay_ratio": 0.1},
         {"lr": 0.2},
+        {"lrg": 0.1},
+        {"momentum": 0.8},
+        {"bn_decay": 5e-4},
+        {"omega": 0.0},
+        {"grad_clip": None},
+        {"select": "measured"},
+        {"holdout": 100},
         {"dropout": 0.0},
         {"weight_decay": 0.0},
         {"batch_size": 64},
@@ -91,8 +88,8 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(tmp_path, capsys):
     ],
 )
 def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(tmp_path, capsys, other):
-    write_run(tmp_path / "runs/a", 4.0)
-    write_run(tmp_path / "runs/b", 8.0, **({"seed": 1} | other))
+    write_run(tmp_path / "runs/a", 4.0, "AdamG")
+    write_run(tmp_path / "runs/b", 8.0, "AdamG", **({"seed": 1} | other))
     cells = records(tmp_path, capsys, tmp_path / "runs")
     assert sorted(float(cell["test_error"]) for cell in cells) == pytest.approx([4.0, 8.0])
 
@@ -114,7 +111,11 @@ def test_an_unfinished_run_is_shown_but_not_counted(tmp_path, capsys):
     assert (cells["SGD"]["runs"], cells["SGD"]["unfinished"]) == ("1", "1")
     assert (cells["SGD-G"]["runs"], cells["SGD-G"]["test_error"]) == ("0", "")
     text = output(capsys, tmp_path / "runs")
-    for shown in ("unfinished (3 of 5 epochs)", "unfinished (0 of 5 epochs)", "seed1: unfinished, 4 of 5 epochs"):
+    for shown in (
+        "unfinished (3 of 5 epochs)",
+        "unfinished (0 of 5 epochs)",
+        "seed1: unfinished, 4 of 5 epochs",
+    ):
         assert shown in text
     assert "**" not in text  # one finished method is no best one
 
@@ -132,9 +133,24 @@ def test_methods_stand_side_by_side_with_the_best_in_bold_and_gaps_named(tmp_pat
     for seed in range(2):
         write_run(tmp_path / f"runs/wrn-10-1/SGD/seed{seed}", 5.0, seed=seed)
         write_run(tmp_path / f"runs/wrn-10-1/AdamG/seed{seed}", 4.0, "AdamG", seed=seed)
-    (row,) = [line for line in output(capsys, tmp_path / "runs").splitlines() if "missing" in line]
+    text = output(capsys, tmp_path / "runs")
+    (row,) = [line for line in text.splitlines() if "missing" in line]
     columns = [column.strip() for column in row.strip("|").split("|")]
     assert columns == ["WRN-10-1", "5.00 (5.00 to 5.00, n = 2)", "missing", "**4.00** (4.00 to 4.00, n = 2)"]
+    assert text.count("**4.00**") == 2  # in both tables
+
+
+def test_a_single_run_is_never_the_best(tmp_path, capsys):
+    for method, error in zip(RATES, (5.0, 4.0, 6.0), strict=True):
+        write_run(tmp_path / f"runs/{method}/seed0", error, method)
+    assert "**" not in output(capsys, tmp_path / "runs")
+    write_run(tmp_path / "runs/SGD/seed1", 5.0, seed=1)
+    assert "**" not in output(capsys, tmp_path / "runs")
+    write_run(tmp_path / "runs/SGDG/seed1", 4.0, "SGDG", seed=1)
+    write_run(
+        tmp_path / "runs/AdamG/seed1", 2.001, "AdamG", seed=1
+    )  # a tie to the two decimals that are shown
+    assert [output(capsys, tmp_path / "runs").count(f"**{best}**") for best in ("4.00", "5.00")] == [4, 0]
 
 
 def test_two_protocols_in_two_folders_are_two_rows(tmp_path, capsys):
@@ -153,14 +169,33 @@ def test_a_grid_of_rates_is_a_row_for_each(tmp_path, capsys):
         write_run(tmp_path / f"runs/{index}", 4.0 + index, lr=lr)
     write_run(tmp_path / "runs/g", 1.0, "SGDG")
     cells = records(tmp_path, capsys, tmp_path / "runs")
-    assert sorted((cell["lr"], cell["runs"]) for cell in cells) == [(lr, "1") for lr in ("0.01", "0.1", "0.2", "0.4")]
+    assert sorted((cell["lr"], cell["runs"]) for cell in cells) == [
+        (lr, "1") for lr in ("0.01", "0.1", "0.2", "0.4")
+    ]
     text = output(capsys, tmp_path / "runs")
     assert text.count("missing") == 1 + 2 * 2  # Adam-G, and SGD-G in two rows
     assert [text.count(f"WRN-10-1 #{number} ") for number in (1, 2, 3, 4)] == [0, 2, 2, 0]  # in both tables
 
 
-def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_method(tmp_path, capsys):
-    errors = {("SGD", 0.1): 5.0, ("SGD", 0.2): 4.0, ("SGDG", 0.1): 7.0, ("SGDG", 0.2): 6.0, ("AdamG", 0.1): 9.0}
+@pytest.fixture
+def drawn_below(monkeypatch):
+    """drawn_below(folder): the figures that would have been written there, without the time that drawing takes."""
+    paths = set()
+    monkeypatch.setattr(figures, "draw_row", lambda row, path, x: paths.add(path))
+    monkeypatch.setattr(figures, "draw_paper", lambda path, drops: paths.add(path))
+    return lambda folder: {path.relative_to(folder).as_posix() for path in paths}
+
+
+def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_method(
+    tmp_path, capsys, drawn_below
+):
+    errors = {
+        ("SGD", 0.1): 5.0,
+        ("SGD", 0.2): 4.0,
+        ("SGDG", 0.1): 7.0,
+        ("SGDG", 0.2): 6.0,
+        ("AdamG", 0.1): 9.0,
+    }
     for (method, lr), error in errors.items():
         write_run(tmp_path / f"runs/grid/{method}/lr{lr}", error, method, lr=lr, holdout=100)
     write_run(tmp_path / "runs/grid/SGD/lr0.2-seed1", 4.5, "SGD", lr=0.2, holdout=100, seed=1)
@@ -173,10 +208,10 @@ def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_metho
         ("SGD", "0.1", "1", "5.00", "", ""),
         ("SGD", "0.2", "2", "**4.25**", "4.00", "4.50"),
         ("SGD-G", "0.1", "1", "7.00", "", ""),
-        ("SGD-G", "0.2", "1", "**6.00**", "", ""),
+        ("SGD-G", "0.2", "1", "6.00", "", ""),  # of single runs none is the best
         ("Adam-G", "0.1", "1", "9.00", "", ""),  # one set is no choice
     ]
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["result-digits-wrn-10-1.png"]
+    assert drawn_below(tmp_path) == {"figures/result-digits-wrn-10-1.png", "figures/paper-curves.png"}
 
 
 def test_a_folder_named_after_data_and_network_is_no_experiment(tmp_path, capsys):
@@ -204,11 +239,13 @@ def test_options_besides_the_rates_are_named_where_they_differ(tmp_path, capsys)
     write_run(tmp_path / "runs/a", 4.0, dropout=0.0)
     write_run(tmp_path / "runs/b", 5.0, weight_decay=0.1)
     write_run(tmp_path / "runs/c", 5.0, "SGDG", bn_decay=0.1)  # a method's own, with nothing to differ from
+    write_run(tmp_path / "runs/d", 5.0, "AdamG", of_the_future=1, model="wrn-16-1", depth=16)
     cells = records(tmp_path, capsys, tmp_path / "runs")
     assert {(cell["method"], cell["other_options"]) for cell in cells} == {
         ("SGD", "weight_decay 0.0005, dropout 0.0"),
         ("SGD", "weight_decay 0.1, dropout 0.3"),
         ("SGD-G", "dropout 0.3"),
+        ("Adam-G", "dropout 0.3, of_the_future 1"),
     }
 
 
@@ -217,7 +254,9 @@ def test_a_seed_counts_once_and_the_second_is_named(tmp_path, capsys):
     write_run(tmp_path / "a/second", 4.0)
     write_run(tmp_path / "a/third", 4.0)
     target = tmp_path / "table.csv"
-    text = output(capsys, tmp_path / "a", tmp_path / "a/second", "--csv", target)  # the same folder twice is no twin
+    text = output(
+        capsys, tmp_path / "a", tmp_path / "a/second", "--csv", target
+    )  # the same folder twice is no twin
     with target.open() as file:
         (cell,) = csv.DictReader(file)
     assert (cell["runs"], cell["unfinished"]) == ("1", "0")  # the finished one counts
@@ -230,28 +269,19 @@ def test_the_papers_number_stands_beside_ours_only_where_it_may(tmp_path, capsys
     named = {"data": CIFAR10, "model": "wrn-28-10"}
     write_run(tmp_path / "full/SGD/seed0", 4.0, **named, **PAPER_RUN)
     write_run(tmp_path / "short/SGD/seed0", 9.0, **named, dataset="CIFAR10")
-    write_run(tmp_path / "archive/SGD/seed0", 9.0, **named | {"data": CIFAR10 | {"train_images": 500}}, **PAPER_RUN)
+    write_run(
+        tmp_path / "archive/SGD/seed0", 9.0, **named | {"data": CIFAR10 | {"train_images": 500}}, **PAPER_RUN
+    )
     (full,) = records(tmp_path, capsys, tmp_path / "full")
     assert (float(full["paper"]), float(full["difference"])) == pytest.approx((3.89, 0.11))
-    (short,) = records(tmp_path, capsys, tmp_path / "short")
-    assert (short["paper"], short["difference"]) == ("3.89", "")
-    assert "the paper trained 200 epochs" in output(capsys, tmp_path / "short")
+    assert "the paper trained" not in output(capsys, tmp_path / "full")
+    write_run(tmp_path / "drops/SGD/seed0", 9.0, **named, **PAPER_RUN | {"epoch_step": [60, 120, 180]})
+    for other in ("short", "drops"):
+        (cell,) = records(tmp_path, capsys, tmp_path / other)
+        assert (cell["paper"], cell["difference"]) == ("3.89", "")
+        assert "the paper trained 200 epochs" in output(capsys, tmp_path / other)
     (archive,) = records(tmp_path, capsys, tmp_path / "archive")
     assert (archive["paper"], archive["difference"]) == ("", "")
-
-
-def test_the_papers_tables():
-    rows = [line.split() for line in PAPER_CIFAR.strip().splitlines()]
-    cifar = {network: tuple(map(float, numbers)) for network, *numbers in rows}
-    svhn = {network: tuple(map(float, numbers)) for network, *numbers in map(str.split, PAPER_SVHN.strip().split("\n"))}
-    assert summarize.PAPER["CIFAR10"].errors == {network: numbers[:3] for network, numbers in cifar.items()}
-    assert summarize.PAPER["CIFAR100"].errors == {network: numbers[3:] for network, numbers in cifar.items()}
-    assert summarize.PAPER["SVHN"].errors == svhn
-    assert {name: entry[:3] for name, entry in summarize.PAPER.items()} == {
-        "CIFAR10": (200, [60, 120, 160], (50_000, 10_000)),
-        "CIFAR100": (200, [60, 120, 160], (50_000, 10_000)),
-        "SVHN": (160, [60, 120], (73_257 + 531_131, 26_032)),
-    }
 
 
 def test_the_papers_networks_that_have_not_run_are_missing(tmp_path, capsys):
@@ -282,58 +312,53 @@ def test_figures_are_drawn_and_linked(tmp_path, capsys):
     write_run(tmp_path / "runs/started", 4.0, written=0, depth=16, model="wrn-16-1")
     markdown = tmp_path / "docs/results.md"
     for x in ("epoch", "time"):
-        output(capsys, tmp_path / "runs", "--plots", tmp_path / "docs/figures", "--markdown", markdown, "--x", x)
-    figures = list((tmp_path / "docs/figures").iterdir())
-    assert {figure.name for figure in figures} == {"digits-wrn-10-1.png", "digits-wrn-10-1-time.png"}
-    assert all(figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000 for figure in figures)
+        output(
+            capsys, tmp_path / "runs", "--plots", tmp_path / "docs/figures", "--markdown", markdown, "--x", x
+        )
+    written = list((tmp_path / "docs/figures").iterdir())
+    names = {"digits-wrn-10-1.png", "digits-wrn-10-1-time.png", "paper-curves.png"}
+    assert {figure.name for figure in written} == names
+    assert all(
+        figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000 for figure in written
+    )
     assert "(figures/digits-wrn-10-1-time.png)" in markdown.read_text()
+
+
+def test_a_figure_is_linked_from_where_the_page_is(tmp_path, capsys, drawn_below):
+    write_run(tmp_path / "runs/a", 4.0)
+    markdown = tmp_path / "docs/results.md"
     output(capsys, tmp_path / "runs", "--plots", tmp_path / "docs/my figures", "--markdown", markdown)
     assert "(my%20figures/digits-wrn-10-1.png)" in markdown.read_text()
+    output(capsys, tmp_path / "runs", "--plots", tmp_path / "one.png", "--markdown", markdown)
+    assert "(../one.png)" in markdown.read_text()
+    assert "one.png" in drawn_below(tmp_path)
+    assert not (tmp_path / "one.png").exists()
 
 
-@pytest.mark.parametrize("x", ["epoch", "time"])
-def test_a_figure_shows_the_runs_and_their_median(tmp_path, capsys, monkeypatch, x):
-    for method, error in zip(RATES, (4.0, 6.0, 9.0), strict=True):
-        for seed in range(3):
-            write_run(tmp_path / f"runs/{method}/seed{seed}", error + seed**2, method, seed=seed)
-    write_run(tmp_path / "runs/AdamG/seed3", 50.0, "AdamG", seed=3, written=2)
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
-    output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures", "--x", x)
-    (figure,) = figures
-    loss, error = figure.axes
-    assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
-    assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
-    steps = [1, 2, 3, 4, 5] if x == "epoch" else [0.05, 0.1, 0.15, 0.2, 0.25]  # 2 s of training and 1 s of testing
-    for panel in (loss, error):
-        drops = {line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":" and len(line.get_xdata())}
-        assert sorted(drops) == pytest.approx([steps[1], steps[2]])
-    assert len(set(summarize.COLOURS.values())) == 3
-    for method, lowest in zip(RATES, (4.0, 6.0, 9.0), strict=True):
-        mine = [line for line in error.lines if line.get_color() == summarize.COLOURS[method]]
-        curves = [line for line in mine if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
-        (thick,) = [line for line in curves if line.get_linewidth() == 2]
-        thin = [line for line in curves if line.get_linewidth() < 1]
-        assert len(thin) == 3 + (method == "AdamG")
-        assert sorted(line.get_ydata()[-1] for line in thin)[:3] == pytest.approx([lowest, lowest + 1, lowest + 4])
-        assert list(thick.get_xdata()) == pytest.approx(steps)
-        assert list(thick.get_ydata()) == pytest.approx([lowest + 1 + more for more in (8, 6, 4, -0.5, 0)])
-        (falling,) = [
-            line.get_ydata()
-            for line in loss.lines
-            if line.get_color() == summarize.COLOURS[method] and line.get_linewidth() == 2
-        ]
-        assert list(falling) == pytest.approx([4.01, 3.01, 2.01, 1.01, 0.01])
+def test_a_page_keeps_what_stands_around_the_two_marker_comments(tmp_path, capsys):
+    write_run(tmp_path / "runs/a", 4.0)
+    page, begin, end = tmp_path / "page.md", summarize.BEGIN, summarize.END
+    output(capsys, tmp_path / "runs", "--markdown", page)
+    assert page.read_text().startswith("# Results\n")
+    (generated,) = re.findall(r"(### digits.*)", page.read_text(), re.S)
+    page.write_text(f"# By hand\n\n{begin}\nolder\n{end}\n\nBelow\n")
+    for _ in range(2):  # again changes nothing
+        output(capsys, tmp_path / "runs", "--markdown", page)
+        assert page.read_text() == f"# By hand\n\n{begin}\n\n{generated}\n{end}\n\nBelow\n"
+    for torn in (f"by hand\n{begin}\n", f"by hand\n{end}\n", f"{end}\nby hand\n{begin}\n"):
+        page.write_text(torn)
+        with pytest.raises(SystemExit, match="both marker comments"):
+            summarize.main([str(tmp_path / "runs"), "--markdown", str(page)])
+        assert page.read_text() == torn
 
 
-def test_rows_of_one_network_get_figures_of_their_own(tmp_path, capsys):
+def test_rows_of_one_network_get_figures_of_their_own(tmp_path, capsys, drawn_below):
     for index in range(3):
         write_run(tmp_path / f"runs/{index}", 4.0, lr=0.1 * (1 + index))
-    output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures")
-    assert len(list((tmp_path / "figures").iterdir())) == 3
-    (tmp_path / "figures.v2").mkdir()
+    (tmp_path / "figures.v2").mkdir()  # a folder, whatever its name
     output(capsys, tmp_path / "runs", "--plots", tmp_path / "figures.v2")
-    assert len(list((tmp_path / "figures.v2").iterdir())) == 3
+    names = {"digits-wrn-10-1.png", "digits-wrn-10-1-2.png", "digits-wrn-10-1-3.png", "paper-curves.png"}
+    assert drawn_below(tmp_path / "figures.v2") == names
     with pytest.raises(SystemExit, match="3 figures"):
         summarize.main([str(tmp_path / "runs"), "--plots", str(tmp_path / "one.png")])
 
@@ -390,7 +415,10 @@ def test_tf32_is_another_precision_and_versions_are_named(tmp_path, capsys):
         versions = versions if more else {"device": "NVIDIA H200"}  # an older one
         config.write_text(json.dumps(json.loads(config.read_text()) | versions))
     cells = records(tmp_path, capsys, tmp_path / "runs")
-    assert [(cell["float32_convolutions"], cell["runs"]) for cell in cells] == [("TF32", "3"), ("float32", "2")]
+    assert [(cell["float32_convolutions"], cell["runs"]) for cell in cells] == [
+        ("TF32", "3"),
+        ("float32", "2"),
+    ]
     text = output(capsys, tmp_path / "runs")
     assert text.count("; float32, batches") == 1
     assert text.count("; float32 (TF32 in convolutions), batches") == 1
@@ -404,18 +432,22 @@ def test_what_all_runs_share_is_said(tmp_path, capsys):
     write_run(tmp_path / "runs/c", 4.0, "AdamG", grad_clip=None)  # off, which is not SGD's "has none"
     write_run(tmp_path / "runs/d", 4.0, "AdamG", grad_clip=None, select="measured")
     text = output(capsys, tmp_path / "runs")
-    shared = "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G), omega 0.1, "
+    shared = (
+        "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G), omega 0.1, "
+    )
     shared += "grad_clip 0.1 (SGD-G), grad_clip None (Adam-G), dropout 0.3, select shape (SGD-G)"
     assert f"; {shared}; device" in text
 
 
-def test_the_published_table_is_that_of_the_published_logs(tmp_path, capsys, monkeypatch):
+def test_the_published_tables_are_those_of_the_published_logs(tmp_path, capsys, monkeypatch, drawn_below):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(summarize, "draw", lambda *arguments: None)
-    output(capsys, "logs/published", "--markdown", tmp_path / "results.md", "--plots", tmp_path / "figures")
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
-    linked = re.findall(r"\((figures/.*?)\)", (ROOT / "docs/results.md").read_text())
-    assert sorted(linked) == sorted(f"figures/{path.name}" for path in (ROOT / "docs/figures").iterdir())
+    text = (ROOT / "docs/results.md").read_text()
+    page = tmp_path / "results.md"
+    page.write_text(re.sub(f"(?<={summarize.BEGIN}).*(?={summarize.END})", "", text, flags=re.S))
+    output(capsys, "logs/published", "--markdown", page, "--plots", tmp_path / "figures")
+    assert page.read_text() == text
+    assert drawn_below(tmp_path) == set(re.findall(r"\((figures/.*?)\)", text))
+    assert drawn_below(tmp_path) == {f"figures/{path.name}" for path in (ROOT / "docs/figures").iterdir()}
 
 
 def test_runs_behind_links_are_found_once(tmp_path, capsys):
@@ -437,13 +469,29 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, flag):
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     write_run(tmp_path / "runs/a", 4.0)
-    command = f"{shlex.quote(sys.executable)} -u {summarize.__file__} {shlex.quote(str(tmp_path / 'runs'))} | true"
+    command = (
+        f"{shlex.quote(sys.executable)} -u {summarize.__file__} {shlex.quote(str(tmp_path / 'runs'))} | true"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_run_of_the_authors_script_is_left_out_by_name(tmp_path, capsys):
+    record = {"train_loss": 0.5, "test_acc": 90.0, "epoch": 1, "batchSize": 128, "optim_method": "SGDG"}
+    theirs = tmp_path / "theirs/resnet_1"
+    theirs.mkdir(parents=True)
+    (theirs / "log.txt").write_text(f"json_stats: {json.dumps(record)}\n")
+    named = f"{theirs}: a run of the authors' script, which has no config.json"
+    with pytest.raises(SystemExit) as stop:
+        summarize.main([str(tmp_path / "theirs")])
+    assert named in stop.value.code
+    assert "train one" not in stop.value.code
+    write_run(tmp_path / "ours", 4.0)
+    assert f"- {named}" in output(capsys, tmp_path)
+
+
 def test_nothing_to_read_is_one_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="No usable run"):
+    with pytest.raises(SystemExit, match=r"No usable run .*: train one first\.$"):
         summarize.main([str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         summarize.main([str(tmp_path / "nowhere")])

@@ -1,0 +1,159 @@
+"""Figures: runs with medians and drops, the paper's curves behind them where they belong, and these alone."""
+
+from pathlib import Path
+
+import figures
+import pytest
+import summarize
+
+NAMES = ("SGD", "SGD-G", "Adam-G")
+DROPS = {"CIFAR-10": [60, 120, 160], "CIFAR-100": [60, 120, 160], "SVHN": [60, 120]}
+SIZES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "SVHN": (604_388, 26_032)}
+
+
+def make_run(method, error, written=5, dataset="digits", model="wrn-10-1", images=None, epochs=5):
+    """A run whose loss falls to 1 and whose test error to `error`; an epoch takes 2 s, and 1 s of testing."""
+    train, test = images or SIZES.get(dataset, (1437, 360))
+    options = {"dataset": dataset, "optim_method": method, "epochs": epochs, "epoch_step": [2, 3]}
+    data = {"name": dataset, "train_images": train, "test_images": test}
+    times = {"train_time": 2.0, "test_time": 1.0}
+    losses = [1 + epochs - epoch for epoch in range(1, written + 1)]
+    records = [{"train_loss": loss, "test_acc": 100 - error - 2 * (loss - 1)} | times for loss in losses]
+    return summarize.Run(Path(), "", {"options": options, "data": data, "model": model}, records)
+
+
+def make_row(*runs):
+    """As `summarize.py` makes it: finished runs and others of each method."""
+    row = summarize.Row((), runs[0].model, "", 1)
+    for run in runs:
+        cell = row.cells.setdefault(run.method, summarize.Cell())
+        (cell.runs if run.finished else cell.unfinished).append(run)
+    return row
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """panels(draw, *arguments): the panels of the figure that a function would write."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+
+    def draw(function, *arguments):
+        function(*arguments)
+        figure = drawn.pop()
+        figures.plt.close(figure)
+        return figure.axes
+
+    return draw
+
+
+def lines(panel, method):
+    """The curves of a method: (width, x, y), without drops and what stands in the legend alone."""
+    mine = [line for line in panel.lines if line.get_color() == figures.COLOURS[method]]
+    curves = [line for line in mine if len(line.get_xdata()) > 2]
+    return [(line.get_linewidth(), list(line.get_xdata()), list(line.get_ydata())) for line in curves]
+
+
+def dashed(panel):
+    """{method: line} of the paper's curves in a panel."""
+    methods = {colour: method for method, colour in figures.COLOURS.items()}
+    curves = [line for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    return {methods[line.get_color()]: line for line in curves}
+
+
+def drops(panel):
+    return {
+        line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == ":" and len(line.get_xdata())
+    }
+
+
+@pytest.mark.parametrize("x", ["epoch", "time"])
+def test_a_figure_shows_the_runs_and_their_median(panels, x):
+    runs = [make_run(method, 4.0 + more) for method in ("SGD", "SGDG", "AdamG") for more in (0, 1, 5)]
+    loss, error = panels(figures.draw_row, make_row(*runs, make_run("AdamG", 50.0, written=3)), Path(), x)
+    assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
+    steps = [1, 2, 3, 4, 5] if x == "epoch" else [0.05, 0.1, 0.15, 0.2, 0.25]
+    assert len(set(figures.COLOURS.values())) == 3
+    for panel in (loss, error):
+        assert sorted(drops(panel)) == pytest.approx(steps[1:3])
+    for method in NAMES:
+        *thin, (width, horizontal, vertical) = sorted(lines(error, method), key=lambda line: line[0])
+        assert [line[0] < 1 for line in thin] == [True] * (3 + (method == "Adam-G"))
+        assert sorted(line[2][-1] for line in thin)[:3] == pytest.approx([4, 5, 9])
+        assert (width, horizontal) == (2, pytest.approx(steps))
+        assert vertical == pytest.approx([5 + more for more in (8, 6, 4, 2, 0)])
+        assert lines(loss, method)[-1][2] == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model"), [("CIFAR10", "wrn-28-10"), ("CIFAR100", "wrn-28-10"), ("SVHN", "wrn-22-8")]
+)
+def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
+    row = make_row(*[make_run(m, 4.0, dataset=dataset, model=model, epochs=30) for m in ("SGD", "AdamG")])
+    loss, error = panels(figures.draw_row, row, Path(), "epoch")
+    paper = figures.read_paper_curves()[row.paper_data, model.upper()]
+    assert dashed(loss).keys() == {"SGD", "Adam-G"}  # those of the methods that ran, for as many epochs
+    for method, line in dashed(loss).items():
+        assert list(zip(*line.get_data(), strict=True)) == [
+            point for point in paper[method] if point[0] <= 30
+        ]
+        assert line.get_zorder() < 2  # ours, as all lines of matplotlib
+        assert line.get_linewidth() <= 1
+    assert f"the paper's (likely {model.upper()})" in loss.get_legend_handles_labels()[1]
+    assert not dashed(error)
+    assert not dashed(panels(figures.draw_row, row, Path(), "time")[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dataset": "CIFAR-10 (JPEG)", "images": SIZES["CIFAR10"]},
+        {"dataset": "CIFAR-10", "images": SIZES["CIFAR10"]},  # a folder of that name
+        {"images": (500, 100)},
+        {"model": "wrn-10-1"},
+        {"dataset": "SVHN"},  # with another network than the paper's
+        {"epochs": 1, "written": 1},  # before the first epoch that was read
+    ],
+)
+def test_the_papers_curves_stand_behind_nothing_else(panels, other):
+    run = make_run("SGD", 4.0, **({"dataset": "CIFAR10", "model": "wrn-28-10"} | other))
+    loss, error = panels(figures.draw_row, make_row(run), Path(), "epoch")
+    assert not dashed(loss)
+    assert not dashed(error)
+    assert not any("paper" in label for label in loss.get_legend_handles_labels()[1])
+
+
+def test_the_papers_curves():
+    """Numbers of the poster: at the end of each phase, who leads before the first drop, and how much was read."""
+    curves = figures.read_paper_curves()
+    assert list(curves) == [("CIFAR-10", "WRN-28-10"), ("CIFAR-100", "WRN-28-10"), ("SVHN", "WRN-22-8")]
+    ends = {
+        ("CIFAR-10", 58): (0.29, 0.31, 0.42), ("CIFAR-10", 118): (0.075, 0.013, 0.056),
+        ("CIFAR-10", 158): (0.0033, 0.0020, 0.0056), ("CIFAR-10", 198): (0.0018, 0.0015, 0.0011),
+        ("CIFAR-100", 58): (0.92, 1.2, 1.1), ("CIFAR-100", 118): (0.18, 0.081, 0.11),
+        ("CIFAR-100", 158): (0.011, 0.0045, 0.0079), ("CIFAR-100", 198): (0.0097, 0.0031, 0.0020),
+        ("SVHN", 58): (0.049, 0.021, 0.030), ("SVHN", 118): (0.0073, 0.0024, 0.0018),
+        ("SVHN", 158): (0.0017, 0.0020, 0.00073),
+    }  # fmt: skip
+    for (data, _), methods in curves.items():
+        assert tuple(methods) == NAMES
+        losses = [dict(points) for points in methods.values()]
+        assert sum(map(len, losses)) > (270 if data != "SVHN" else 220)
+        for (name, epoch), expected in ends.items():
+            if name == data:
+                assert tuple(loss[epoch] for loss in losses) == expected
+        for epoch in range(4, 60, 2):
+            if epoch in losses[0]:
+                lowest = min(loss[epoch] for loss in losses)
+                assert (losses[0][epoch] == lowest) == (data != "SVHN"), (data, epoch)
+
+
+def test_the_papers_curves_alone(panels):
+    drawn = panels(figures.draw_paper, Path(), DROPS)
+    assert [panel.get_title().split(" (likely ")[0] for panel in drawn] == list(DROPS)
+    for panel, methods in zip(drawn, figures.read_paper_curves().values(), strict=True):
+        assert panel.get_yscale() == "log"
+        assert drops(panel) == set(DROPS[panel.get_title().split(" ")[0]])
+        for method in NAMES:
+            ((_, epochs, losses),) = lines(panel, method)
+            assert list(zip(epochs, losses, strict=True)) == methods[method]
