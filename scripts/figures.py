@@ -102,9 +102,8 @@ def median_curve(runs, quantity):
 def limit_errors(panel, row):
     """Cuts off the first epochs' errors, and what is far below the lowest: the last ones are told apart."""
     later = []
-    for cell in row.cells.values():
-        for run in cell.all_runs:
-            later += QUANTITIES["Test error (%)"](run)[len(run.epochs) // 5 :]
+    for run in row.runs:
+        later += QUANTITIES["Test error (%)"](run)[len(run.epochs) // 5 :]
     low, high = min(later, default=0), max(later, default=100)
     panel.set_ylim(0.9 * low if low > high / 4 else 0, 1.1 * high or 1)
 

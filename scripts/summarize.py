@@ -143,8 +143,12 @@ class Row:
     figure: Path | None = None
 
     @property
+    def runs(self):
+        return [run for cell in self.cells.values() for run in cell.all_runs]
+
+    @property
     def any_run(self):
-        return next(iter(self.cells.values())).any_run
+        return self.runs[0]
 
     @property
     def label(self):
@@ -178,23 +182,15 @@ class Section:
         return bool(self.any_run.options["holdout"])
 
     @property
-    def cells(self):
-        return [cell for row in self.rows for cell in row.cells.values()]
-
-    @property
     def runs(self):
-        return [run for cell in self.cells for run in cell.all_runs]
+        return [run for row in self.rows for run in row.runs]
 
 
 # Reading
 
 
-UNUSABLE = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    OSError,
-)  # the first is json's too; a wrong type; no such file
+# Not JSON or not what is expected (ValueError), of another type, no such file.
+UNUSABLE = (ValueError, TypeError, AttributeError, OSError)
 
 
 def read_runs(roots):
@@ -406,7 +402,7 @@ def options_by_method(section):
     """{option: {method: its values, as text}} for what may differ within a section and has no column."""
     values, runs = {}, section.runs
     for name in dict.fromkeys(name for run in runs for name in run.options):  # in the options' own order
-        if name in NO_RESULT or name in SECTION or name in IN_COLUMNS:
+        if name in (*NO_RESULT, *SECTION, *IN_COLUMNS):
             continue
         values[name] = {}
         for run in runs:
@@ -549,8 +545,8 @@ def overview_text(cell, is_best):
 
 def is_small(section):
     """One row of single runs, of all methods: the table of cells says it all."""
-    cells = section.cells
-    return len(section.rows) == 1 and len(cells) == len(NAMES) and all(len(cell.runs) == 1 for cell in cells)
+    counts = [len(cell.runs) for row in section.rows for cell in row.cells.values()]
+    return len(section.rows) == 1 and counts == [1] * len(NAMES)
 
 
 def markdown_table(lines):
@@ -602,7 +598,7 @@ def report(sections, left_out, figures_from=None):
             if row.figure and figures_from:
                 where = quote(Path(os.path.relpath(row.figure, figures_from)).as_posix())
                 lines += [f"![{row.title}]({where})", ""]
-    unfinished = [run for section in sections for cell in section.cells for run in cell.unfinished]
+    unfinished = [run for section in sections for run in section.runs if not run.finished]
     reasons = [f"{run.path}: unfinished, {run.progress}" for run in unfinished] + left_out
     if reasons:
         lines += ["Not counted:", "", *(f"- {reason}" for reason in reasons), ""]
@@ -674,9 +670,11 @@ def draw(sections, target, x):
     """A figure for each row with results, and one of the paper's curves if `target` is a folder."""
     import figures  # here, because matplotlib takes a second to import and tables need none
 
-    rows = [row for section in sections if not section.held_out for row in section.rows]
-    started = [row for row in rows if any(run.epochs for cell in row.cells.values() for run in cell.all_runs)]
-    figures.draw_rows(started, target, x)
+    rows = []
+    for section in sections:
+        if not section.held_out:
+            rows += [row for row in section.rows if any(run.epochs for run in row.runs)]
+    figures.draw_rows(rows, target, x)
     if not figures.is_file(target):
         drops = {LABELS.get(dataset, dataset): paper.epoch_step for dataset, paper in PAPER.items()}
         figures.draw_paper(target / "paper-curves.png", drops)
@@ -688,9 +686,7 @@ def draw(sections, target, x):
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    pages = (
-        "write the tables there, with the figures; only between the marker comments of a page that has them"
-    )
+    pages = "write the tables there, with the figures; only between this program's marker comments, if there"
     add("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
     add("--markdown", type=Path, metavar="FILE", help=pages)
     add("--csv", type=Path, metavar="FILE", help="write one line per cell that has runs there")
