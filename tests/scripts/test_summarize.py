@@ -239,10 +239,8 @@ def test_options_that_all_runs_share_are_said_once():
     write_run("runs/b", 4.0, "SGDG")
     write_run("runs/c", 4.0, "AdamG", grad_clip=None)  # off, which is not SGD's "has none"
     write_run("runs/d", 4.0, "AdamG", grad_clip=None, select="measured")
-    shared = (
-        "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G), omega 0.1"
-    )
-    shared += ", grad_clip 0.1 (SGD-G), grad_clip None (Adam-G), dropout 0.3, select shape (SGD-G)"
+    shared = "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G)"
+    shared += ", omega 0.1, grad_clip 0.1 (SGD-G), grad_clip None (Adam-G), dropout 0.3, select shape (SGD-G)"
     assert f"; {shared}; device" in show("runs")
 
 
