@@ -3,11 +3,14 @@
     python scripts/summarize.py logs/table1 [more directories] [--markdown FILE] [--csv FILE]
                                 [--plots DIR_OR_FILE] [--x epoch|time]
 
-A run is a directory with `config.json` and `log.txt`. Its result is the last epoch's test error, never the best
-epoch's. Runs that differ in nothing but the seed (and in what cannot change a result, such as the number of
-workers) make one cell; a run that has not finished is shown, but counts in no median. Runs may still be writing.
-Runs with --holdout serve to choose hyperparameters: a table of their own says how each method did with each set,
-without a figure.
+A run is a directory with `config.json` and `log.txt`. Its result is the last epoch's test error, never the
+best epoch's. Runs that differ in nothing but the seed (and in what cannot change a result, such as the number
+of workers) make one cell; a run that has not finished is shown, but counts in no median. Runs may still be
+writing. Runs with --holdout serve to choose hyperparameters: a table of their own says how each method did
+with each set, without a figure.
+
+In this file: the paper's tables, runs and their groups, reading, grouping, comparing, tables, the program.
+The figures are drawn by `figures.py`.
 """
 
 import argparse
@@ -16,17 +19,14 @@ import json
 import os
 import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 from urllib.parse import quote
 
-METHODS = {"SGD": "SGD", "SGDG": "SGD-G", "AdamG": "Adam-G"}
-COLOURS = {"SGD": "#000000", "SGDG": "#0072B2", "AdamG": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
-DROP = "0.5"  # grey
+METHODS = {"SGD": "SGD", "SGDG": "SGD-G", "AdamG": "Adam-G"}  # the option's values, and the paper's names
+NAMES = list(METHODS.values())
 
 
 class Paper(NamedTuple):
@@ -52,15 +52,22 @@ PAPER = {
         "wrn-16-4": (1.64, 1.67, 1.61), "wrn-22-8": (1.64, 1.63, 1.55),
     }),
 }  # fmt: skip
+LABELS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100"}  # of data sets that have another name in options
 
-# Options by their part in a table, beside data set, SHA-256, and the precision of float32 convolutions (TF32 on many
-# GPUs). Those of NO_RESULT change no result; those of SECTION must agree within a section of the output; those of CELL
-# belong to a method and may differ along a row. All others, also those added to main.py in the future, must agree along
-# a row. Within a cell all of them agree.
+# Options by their part in a table, beside data set, SHA-256, and the precision of float32 convolutions (TF32
+# on many GPUs). Those of NO_RESULT change no result; those of SECTION must agree within a section of the
+# output; those of CELL belong to a method and may differ along a row. All others, also those added to main.py
+# in the future, must agree along a row. Within a cell all of them agree.
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
 SECTION = ("dataset", "holdout", "dtype", "epochs", "epoch_step", "lr_decay_ratio", "batch_size")
 CELL = ("optim_method", "lr", "lrg", "momentum", "weight_decay", "bn_decay", "omega", "grad_clip", "select")
 NOT_OF_SGD = ("lrg", "omega", "grad_clip", "select")
+IN_COLUMNS = ("optim_method", "model", "depth", "width", "lr", "lrg")  # a table has columns for them
+
+BEGIN, END = (f"<!-- made by scripts/summarize.py: {word} -->" for word in ("begin", "end"))
+
+
+# Runs, and their groups from small to large: cell, row, section
 
 
 @dataclass
@@ -73,6 +80,14 @@ class Run:
     @property
     def options(self):
         return self.config["options"]
+
+    @property
+    def method(self):
+        return METHODS[self.options["optim_method"]]
+
+    @property
+    def model(self):
+        return self.config["model"]
 
     @property
     def finished(self):
@@ -91,16 +106,16 @@ class Run:
 class Cell:
     """Runs that differ in the seed only."""
 
-    runs: list = field(default_factory=list)
+    runs: list = field(default_factory=list)  # the finished ones
     unfinished: list = field(default_factory=list)
 
     @property
-    def any_run(self):
-        return (self.runs + self.unfinished)[0]
+    def all_runs(self):
+        return self.runs + self.unfinished
 
     @property
-    def options(self):
-        return self.any_run.options
+    def any_run(self):
+        return self.all_runs[0]
 
     @property
     def test_errors(self):
@@ -112,96 +127,93 @@ class Cell:
 
     @property
     def images_per_sec(self):
-        return median(median(epoch["images_per_sec"] for epoch in run.epochs) for run in self.runs)
-
-    @property
-    def difference(self):
-        """Ours minus the paper's, or None where they cannot be compared, as after another number of epochs."""
-        paper = paper_error(self.any_run, self.any_run.config["model"], self.options["optim_method"])
-        comparable = self.runs and paper is not None and follows_paper(self.any_run)
-        return median(self.test_errors) - paper if comparable else None
+        speeds = [[epoch["images_per_sec"] for epoch in run.epochs] for run in self.runs]
+        return median(median(of_run) for of_run in speeds)
 
 
 @dataclass
 class Row:
     """One network in one experiment: a cell for each method, as in the paper's tables."""
 
+    key: tuple  # what its runs have in common
     model: str
-    experiment: str = ""
-    cells: dict = field(default_factory=dict)  # method: Cell
-    number: int = 1  # counts the rows of one network and experiment, that is, sets of rates
+    experiment: str
+    number: int  # counts the rows of one network and experiment, that is, sets of rates
+    cells: dict = field(default_factory=dict)  # by the method's name
     figure: Path | None = None
+
+    @property
+    def runs(self):
+        return [run for cell in self.cells.values() for run in cell.all_runs]
+
+    @property
+    def any_run(self):
+        return self.runs[0]
 
     @property
     def label(self):
         return self.model.upper() + (f" #{self.number}" if self.number > 1 else "")
 
     @property
-    def any_run(self):
-        return next(iter(self.cells.values())).any_run
+    def title(self):
+        name = f"{self.label} on {data_label(self.any_run)}"
+        return f"{name} ({self.experiment})" if self.experiment else name
 
     @property
-    def started(self):
-        return any(run.epochs for cell in self.cells.values() for run in cell.runs + cell.unfinished)
+    def paper_data(self):
+        """The paper's name of the data set, or None where the data is not the paper's."""
+        dataset = self.any_run.options["dataset"]
+        return LABELS.get(dataset, dataset) if paper_of(self.any_run) else None
+
+
+@dataclass
+class Section:
+    """Rows with the same data, precision and schedule: what one table may compare."""
+
+    rows: list
+
+    @property
+    def any_run(self):
+        return self.rows[0].any_run
 
     @property
     def held_out(self):
         """Whether the test pictures are a held-out part of the training pictures."""
         return bool(self.any_run.options["holdout"])
 
-    def best(self):
-        """The best methods; none where only one ran."""
-        return best(self.cells)
-
-
-def best(cells):
-    """The names of those with the lowest median, to the two decimals that are shown; none where only one ran."""
-    medians = {name: round(median(cell.test_errors), 2) for name, cell in cells.items() if cell.runs}
-    lowest = min(medians.values(), default=None)
-    return {name for name, value in medians.items() if value == lowest and len(medians) > 1}
-
-
-def paper_of(run):
-    """The paper's entry for a run's data set, or None; archives of another size are not that data set."""
-    paper, data = PAPER.get(run.options["dataset"]), run.config["data"]
-    return paper if paper and paper.images == (data["train_images"], data["test_images"]) else None
-
-
-def paper_error(run, model, method):
-    """The paper's test error in % on a run's data set, or None where it is not in the paper's tables."""
-    paper = paper_of(run)
-    errors = paper and paper.errors.get(model)
-    return errors and errors[list(METHODS).index(method)]
-
-
-def follows_paper(run):
-    """True if a run has the paper's number of epochs and its learning-rate drops."""
-    paper = paper_of(run)
-    return bool(paper) and (run.options["epochs"], run.options["epoch_step"]) == (paper.epochs, paper.epoch_step)
+    @property
+    def runs(self):
+        return [run for row in self.rows for run in row.runs]
 
 
 # Reading
 
 
-def require(mapping, names):
-    missing = [name for name in names if name not in mapping]
-    if missing:
-        raise ValueError(f"it has no {', '.join(missing)}")
+# Not JSON or not what is expected (ValueError), of another type, no such file.
+UNUSABLE = (ValueError, TypeError, AttributeError, OSError)
 
 
-def read_log(path):
-    """The epochs of a log in order. What follows the last line end is still being written, and is left alone."""
-    records, numbers = {}, ("epoch", "train_loss", "test_acc", "train_time", "test_time", "images_per_sec")
-    if not path.exists():  # the run has just begun
-        return []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        if line.startswith("json_stats:"):
-            record = json.loads(line.removeprefix("json_stats:"))
-            require(record, numbers)
-            if not all(isinstance(record[name], (int, float)) for name in numbers):
-                raise ValueError("not all of its figures are numbers")
-            records[record["epoch"]] = record
-    return [records[epoch] for epoch in sorted(records)]
+def read_runs(roots):
+    """All runs below `roots`, and a sentence for each that is left out."""
+    runs, left_out, seen = [], [], set()
+    for root in roots:
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            path = Path(folder)
+            if path.resolve() in seen:
+                subfolders.clear()  # or a link to a folder above would lead round and round
+                continue
+            seen.add(path.resolve())
+            subfolders.sort()
+            if "config.json" not in files and "log.txt" not in files:
+                continue
+            try:
+                runs.append(read_run(path, root))
+            except UNUSABLE as error:
+                reason = f"its config.json or log.txt cannot be used ({error})"
+                if is_authors_run(path):
+                    reason = "a run of the authors' script, which has no config.json to say data and versions"
+                left_out.append(f"{path}: {reason}")
+    return runs, left_out
 
 
 def read_run(path, root):
@@ -218,11 +230,46 @@ def read_run(path, root):
     return Run(path, experiment_of(path, root, config), config, read_log(path / "log.txt"))
 
 
+def read_log(path):
+    """The epochs of a log in order."""
+    if not path.exists():  # the run has just begun
+        return []
+    epochs = {}
+    numbers = ("epoch", "train_loss", "test_acc", "train_time", "test_time", "images_per_sec")
+    for record in log_records(path):
+        require(record, numbers)
+        if not all(isinstance(record[name], (int, float)) for name in numbers):
+            raise ValueError("not all of its figures are numbers")
+        epochs[record["epoch"]] = record
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def log_records(path):
+    """What the lines of a log hold. What follows the last line end is being written, and is left alone."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return [json.loads(line.removeprefix("json_stats:")) for line in lines if line.startswith("json_stats:")]
+
+
+def is_authors_run(path):
+    """Whether the authors' script wrote the log: options have their flags' names, and there is no config."""
+    try:
+        return not (path / "config.json").exists() and "batchSize" in log_records(path / "log.txt")[0]
+    except (*UNUSABLE, IndexError):
+        return False
+
+
+def require(mapping, names):
+    missing = [name for name in names if name not in mapping]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+
+
 def experiment_of(path, root, config):
     """Below `logs`, `own-rates/CIFAR10/wrn-10-1/SGD/seed0` is of the experiment `own-rates`."""
     options = config["options"]
-    names = (options["dataset"], config["data"]["name"], config["model"], options.get("model"), options["optim_method"])
-    known = {letters(str(name)) for name in filter(None, names)}
+    names = [config["data"]["name"], config["model"]]
+    names += [options[name] for name in ("dataset", "model", "optim_method") if options.get(name)]
+    known = {letters(str(name)) for name in names}
     parts = path.relative_to(root).parts[:-1]  # the last one is the run's own name, whatever it says
     return "/".join(part for part in parts if letters(part) not in known)
 
@@ -232,50 +279,29 @@ def letters(name):
     return re.sub(r"[\W_]", "", name.lower())
 
 
-UNUSABLE = ValueError, TypeError, AttributeError, OSError  # the first is json's too; a type is wrong; no such file
-
-
-def read_runs(roots):
-    """All runs below `roots`, and a sentence for each that is left out."""
-    runs, left_out, seen = [], [], set()
-    for root in roots:
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            path = Path(folder)
-            if path.resolve() in seen:
-                subfolders.clear()  # or a link to a folder above would lead round and round
-                continue
-            seen.add(path.resolve())
-            subfolders.sort()
-            if not {"config.json", "log.txt"} & set(files):
-                continue
-            try:
-                runs.append(read_run(path, root))
-            except UNUSABLE as error:
-                left_out.append(f"{path}: its config.json or log.txt cannot be used ({error})")
-    return runs, left_out
-
-
-# Runs to cells, cells to rows, rows to sections
+# Grouping: runs to cells, cells to rows, rows to sections
 
 
 def section_key(run):
     data = run.config["data"]
-    return data["name"], data["sha256"], convolutions(run), json.dumps([run.options[name] for name in SECTION])
-
-
-def convolutions(run):
-    """The precision of float32 convolutions. Runs that do not say it are older; their GPUs used TF32 if they had it."""
-    on_cpu = run.config["device"].endswith("CPU")
-    return run.config.get("float32_convolutions") or ("float32" if on_cpu else "TF32")
+    options = json.dumps([run.options[name] for name in SECTION])
+    return data["name"], data["sha256"], convolutions(run), options
 
 
 def row_key(run):
-    shared = {k: v for k, v in run.options.items() if k not in NO_RESULT and k not in CELL and k not in SECTION}
-    return natural(run.config["model"]), run.experiment, json.dumps(shared, sort_keys=True)
+    apart = (*NO_RESULT, *CELL, *SECTION)
+    shared = {name: value for name, value in run.options.items() if name not in apart}
+    return natural(run.model), run.experiment, json.dumps(shared, sort_keys=True)
 
 
 def cell_key(run):
-    return list(METHODS).index(run.options["optim_method"]), json.dumps([run.options[name] for name in CELL])
+    return NAMES.index(run.method), json.dumps([run.options[name] for name in CELL])
+
+
+def convolutions(run):
+    """The precision of float32 convolutions. Runs that do not say it are older, and used TF32 on GPUs."""
+    on_cpu = run.config["device"].endswith("CPU")
+    return run.config.get("float32_convolutions") or ("float32" if on_cpu else "TF32")
 
 
 def natural(text):
@@ -283,43 +309,123 @@ def natural(text):
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text))
 
 
+def make_sections(runs, left_out):
+    """The sections in the order of the output; `left_out` gets a sentence for each run left out."""
+    sections = {}
+    for (key, _, _), cell in make_cells(runs, left_out).items():
+        section = sections.setdefault(key, Section([]))
+        add_to_rows(section.rows, cell)
+    return sorted(sections.values(), key=lambda section: section.held_out)  # results first
+
+
 def make_cells(runs, left_out):
     """{(section key, row key, cell key): Cell} in the order of the output. A seed counts once in a cell."""
-    cells = defaultdict(Cell)
-    keyed = [((section_key(run), row_key(run), cell_key(run)), run) for run in runs]
-    for key, run in sorted(keyed, key=lambda pair: (pair[0], not pair[1].finished)):
-        cell = cells[key]
-        twin = next((r for r in cell.runs + cell.unfinished if r.options["seed"] == run.options["seed"]), None)
-        if twin:
-            left_out.append(f"{run.path}: seed {run.options['seed']} of the same settings is there as {twin.path}")
+
+    def order(run):
+        return section_key(run), row_key(run), cell_key(run)
+
+    cells = {}
+    for run in sorted(runs, key=lambda run: (order(run), not run.finished)):
+        cell = cells.setdefault(order(run), Cell())
+        seed = run.options["seed"]
+        twins = [other for other in cell.all_runs if other.options["seed"] == seed]
+        if twins:
+            left_out.append(f"{run.path}: seed {seed} of the same settings is there as {twins[0].path}")
+        elif run.finished:
+            cell.runs.append(run)
         else:
-            (cell.runs if run.finished else cell.unfinished).append(run)
+            cell.unfinished.append(run)
     return cells
 
 
-def make_sections(runs, left_out):
-    """Lists of rows. A method that ran with several rates in one experiment fills a row for each of them."""
-    sections, keys = defaultdict(list), defaultdict(list)
-    for (section, row, _), cell in make_cells(runs, left_out).items():
-        method = cell.options["optim_method"]
-        for known, candidate in zip(keys[section], sections[section], strict=True):
-            if known == row and method not in candidate.cells:
-                candidate.cells[method] = cell
-                break
-        else:
-            model, experiment = cell.any_run.config["model"], cell.any_run.experiment
-            number = 1 + sum((r.model, r.experiment) == (model, experiment) for r in sections[section])
-            keys[section].append(row)
-            sections[section].append(Row(model, experiment, {method: cell}, number))
-    return sorted(sections.values(), key=lambda rows: rows[0].held_out)  # results first
+def add_to_rows(rows, cell):
+    """Into the first row with a place for it: a method that ran with several rates fills a row for each."""
+    run = cell.any_run
+    key = row_key(run)
+    for row in rows:
+        if row.key == key and run.method not in row.cells:
+            row.cells[run.method] = cell
+            return
+    alike = [row for row in rows if (row.model, row.experiment) == (run.model, run.experiment)]
+    rows.append(Row(key, run.model, run.experiment, 1 + len(alike), {run.method: cell}))
 
 
-# What is known of a cell, and its text
+# Comparing: with the paper, cells with each other, options
+
+
+def paper_of(run):
+    """The paper's entry for a run's data set, or None; archives of another size are not that data set."""
+    paper, data = PAPER.get(run.options["dataset"]), run.config["data"]
+    return paper if paper and paper.images == (data["train_images"], data["test_images"]) else None
+
+
+def paper_error(run, model, method):
+    """The paper's test error in % on a run's data set, or None where it is not in the paper's tables."""
+    paper = paper_of(run)
+    if paper is None or model not in paper.errors:
+        return None
+    return paper.errors[model][NAMES.index(method)]
+
+
+def follows_paper(run):
+    """True if a run has the paper's number of epochs and its learning-rate drops."""
+    paper = paper_of(run)
+    if paper is None:
+        return False
+    return (run.options["epochs"], run.options["epoch_step"]) == (paper.epochs, paper.epoch_step)
+
+
+def compared_cells(section):
+    """Lists of (row, cell): the methods of a row or, where hyperparameters are chosen, a method's sets."""
+    groups = {}
+    for index, row in enumerate(section.rows):
+        for method, cell in row.cells.items():
+            key = (natural(row.model), row.experiment, NAMES.index(method)) if section.held_out else index
+            groups.setdefault(key, []).append((row, cell))
+    return [groups[key] for key in sorted(groups)]
+
+
+def best(cells):
+    """The cells with the lowest median, to the two decimals that are shown.
+
+    None where only one has finished runs. A single run is never the best: another seed might say otherwise.
+    """
+    done = [cell for cell in cells if cell.runs]
+    if len(done) < 2:
+        return []
+    medians = [round(median(cell.test_errors), 2) for cell in done]
+    lowest = min(medians)
+    return [cell for cell, value in zip(done, medians, strict=True) if value == lowest and len(cell.runs) > 1]
+
+
+def options_by_method(section):
+    """{option: {method: its values, as text}} for what may differ within a section and has no column."""
+    values, runs = {}, section.runs
+    for name in dict.fromkeys(name for run in runs for name in run.options):  # in the options' own order
+        if name in (*NO_RESULT, *SECTION, *IN_COLUMNS):
+            continue
+        values[name] = {}
+        for run in runs:
+            if run.method != "SGD" or name not in NOT_OF_SGD:
+                values[name].setdefault(run.method, set()).add(str(run.options.get(name)))
+    return values
+
+
+def differs(name, method, values):
+    """Whether an option differs in a section: one of CELL among a method's runs, another among all runs."""
+    if name in CELL:
+        return len(values[name][method]) > 1
+    return len(set.union(*values[name].values())) > 1
+
+
+# Tables
 
 
 def summary(row, cell, section):
     """The numbers of one cell under the names of the CSV file's columns; None where there is none."""
     run, errors = cell.any_run, cell.test_errors
+    paper = paper_error(run, row.model, run.method)
+    comparable = errors and paper is not None and follows_paper(run)
     return {
         "data": run.config["data"]["name"],
         "sha256": run.config["data"]["sha256"],
@@ -328,40 +434,133 @@ def summary(row, cell, section):
         "epochs": run.options["epochs"],
         "network": row.model,
         "experiment": row.experiment,
-        "method": METHODS[run.options["optim_method"]],
+        "method": run.method,
         "lr": run.options["lr"],
         "lrg": run.options["lrg"],
-        "other_options": other_options(cell, section),
+        "other_options": other_options(run, section),
         "runs": len(cell.runs),
         "unfinished": len(cell.unfinished),
         "holdout": run.options["holdout"],
         "test_error": median(errors) if errors else None,
         "min": min(errors, default=None),
         "max": max(errors, default=None),
-        "paper": paper_error(run, row.model, run.options["optim_method"]),
-        "difference": cell.difference,
+        "paper": paper,
+        "difference": median(errors) - paper if comparable else None,
         "train_loss": cell.train_loss if errors else None,
         "images_per_sec": cell.images_per_sec if errors else None,
     }
 
 
-def other_options(cell, section):
-    """The options besides the rates that are not the same for all runs of this network, as 'dropout 0.0'.
+def other_options(run, section):
+    """The options without a column that a section's runs do not share, as 'dropout 0.0'."""
+    parts, values = [], options_by_method(section)
+    for name, value in run.options.items():
+        if run.method in values.get(name, {}) and differs(name, run.method, values):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
 
-    Those that belong to a method are compared among the runs of that method.
+
+def shared_options(section):
+    """The options without a column that all runs share, or all of a method: 'omega 0.1 (Adam-G)'."""
+    parts, values = [], options_by_method(section)
+    for name, by_method in values.items():
+        methods_with = {}  # by the value that all their runs have
+        for method in NAMES:
+            if method in by_method and not differs(name, method, values):
+                (value,) = by_method[method]
+                methods_with.setdefault(value, []).append(method)
+        for value, methods in methods_with.items():
+            whose = f" ({', '.join(methods)})" if len(methods) < len(by_method) else ""
+            parts.append(f"{name} {value}{whose}")
+    return ", ".join(parts)
+
+
+def cell_table(section):
+    """A Markdown table with a line for each cell, and the best of those that are compared in bold."""
+    lines = []
+    for group in compared_cells(section):
+        winners = best([cell for _, cell in group])
+        for row, cell in group:
+            lines.append(cell_line(summary(row, cell, section), row, cell, cell in winners))
+    return markdown_table(lines)
+
+
+def cell_line(record, row, cell, is_best):
+    """The texts of one cell by the heads of their columns."""
+    held_out, several = bool(record["holdout"]), record["runs"] > 1
+    error = bold(text(record["test_error"], ".2f"), is_best) if cell.runs else unfinished_text(cell)
+    return {
+        "Network": row.model.upper() if held_out else row.label,
+        "Experiment": record["experiment"],
+        "Method": record["method"],
+        "lr": text(record["lr"]),
+        "lrg": text(record["lrg"]),
+        "Other options": record["other_options"],
+        "Runs": f"{record['runs']}" + (f" (+{record['unfinished']} unfinished)" if cell.unfinished else ""),
+        "Held-out error (%)" if held_out else "Test error (%)": error,
+        "Min": text(record["min"], ".2f") if several else "",
+        "Max": text(record["max"], ".2f") if several else "",
+        "Paper (%)": text(record["paper"], ".2f"),
+        "Difference": text(record["difference"], "+.2f"),
+        "Training loss": text(record["train_loss"], ".4f"),
+        "Images/s": "" if held_out else text(record["images_per_sec"], ",.0f"),
+    }
+
+
+def overview(section):
+    """The paper's kind of table, in Markdown: a row for each network, a column for each method.
+
+    It names all of the paper's networks where one of them has a run.
     """
-    mine, model = cell.options, cell.any_run.config["model"]
-    cells = [other for row in section for other in row.cells.values()]
-    alike = [other.options for other in cells if other.any_run.config["model"] == model]
-    same_method = [options for options in alike if options["optim_method"] == mine["optim_method"]]
-    names = [name for name in mine if name not in NO_RESULT and name not in ("optim_method", "lr", "lrg")]
-    differing = [n for n in names if any(o.get(n) != mine[n] for o in (same_method if n in CELL else alike))]
-    return ", ".join(f"{name} {mine[name]}" for name in differing)
+    run, lines = section.any_run, []
+    for row in section.rows:
+        winners = best(row.cells.values())
+        errors = {name: overview_text(row.cells.get(name), row.cells.get(name) in winners) for name in NAMES}
+        lines.append(overview_line(run, row.model, row.label, row.experiment, errors))
+    paper, present = paper_of(run), {row.model for row in section.rows}
+    if paper and present & paper.errors.keys():
+        for model in paper.errors:
+            if model not in present:
+                lines.append(overview_line(run, model, model.upper(), "", dict.fromkeys(NAMES, "missing")))
+    return markdown_table(lines)
+
+
+def overview_line(run, model, label, experiment, errors):
+    line = {"Test error (%)": label, "Experiment": experiment}
+    for name, words in errors.items():
+        paper = paper_error(run, model, name)
+        line[name] = words if paper is None else f"{words}; paper {paper:.2f}"
+    return line
+
+
+def overview_text(cell, is_best):
+    if cell is None:
+        return "missing"
+    errors = cell.test_errors
+    if not errors:
+        return unfinished_text(cell)
+    spread = f" ({min(errors):.2f} to {max(errors):.2f}, n = {len(errors)})" if len(errors) > 1 else ""
+    return bold(f"{median(errors):.2f}", is_best) + spread
+
+
+def is_small(section):
+    """One row of single runs, of all methods: the table of cells says it all."""
+    counts = [len(cell.runs) for row in section.rows for cell in row.cells.values()]
+    return len(section.rows) == 1 and counts == [1] * len(NAMES)
+
+
+def markdown_table(lines):
+    """`lines` are dicts with the columns' heads as keys. A column without any entry is left out."""
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
+    table = [heads] + [[line[head] for head in heads] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
 
 
 def data_label(run):
     name = run.config["data"]["name"]
-    return {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100"}.get(name, name)
+    return LABELS.get(name, name)
 
 
 def text(value, form=""):
@@ -376,109 +575,56 @@ def unfinished_text(cell):
     return f"unfinished ({max(cell.unfinished, key=lambda run: len(run.epochs)).progress})"
 
 
-def details(section):
-    """A Markdown table with a line for each cell, and the best method of a row in bold."""
-    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs", "Test error (%)", "Min", "Max"]
-    header += ["Paper (%)", "Difference", "Training loss", "Images/s"]
+# The whole output
+
+
+FOOTNOTES = """\
+The test error is the last epoch's; test error, training loss and images/s are medians over the runs.
+A difference to the paper stands where epochs and drops are the paper's, whatever the other options.
+Images/s is what the machine gave with whatever ran beside. An experiment is the folder of its runs.
+"""
+
+
+def report(sections, left_out, figures_from=None):
+    """The whole output in Markdown; figures are linked relative to the folder `figures_from`, if given."""
     lines = []
-    for row in section:
-        for method, cell in sorted(row.cells.items(), key=lambda item: list(METHODS).index(item[0])):
-            s = summary(row, cell, section)
-            line = [row.label, *common_columns(s, cell, method in row.best())]
-            line += [text(s["paper"], ".2f"), text(s["difference"], "+.2f")]
-            lines.append([*line, text(s["train_loss"], ".4f"), text(s["images_per_sec"], ",.0f")])
-    return markdown_table(header, lines)
-
-
-def search(section):
-    """What `details` is for results, for hyperparameters: method by method, with its best set in bold."""
-    header = ["Network", "Experiment", "Method", "lr", "lrg", "Other options", "Runs"]
-    header += ["Held-out error (%)", "Min", "Max", "Training loss"]
-    sets = defaultdict(dict)
-    for number, row in enumerate(section):
-        for method, cell in row.cells.items():
-            sets[natural(row.model), row.experiment, list(METHODS).index(method)][number] = cell
-    lines = []
-    for _, cells in sorted(sets.items()):
-        for number, cell in cells.items():
-            row = section[number]
-            s = summary(row, cell, section)
-            line = [row.model.upper(), *common_columns(s, cell, number in best(cells))]
-            lines.append([*line, text(s["train_loss"], ".4f")])
-    return markdown_table(header, lines)
-
-
-def common_columns(s, cell, is_best):
-    """From the experiment to the error and its range."""
-    error = bold(text(s["test_error"], ".2f"), is_best) if cell.runs else unfinished_text(cell)
-    runs = f"{s['runs']}" + (f" (+{s['unfinished']} unfinished)" if cell.unfinished else "")
-    spread = [text(s[name], ".2f") if s["runs"] > 1 else "" for name in ("min", "max")]
-    return [s["experiment"], s["method"], text(s["lr"]), text(s["lrg"]), s["other_options"], runs, error, *spread]
-
-
-def overview(section):
-    """The paper's kind of table, in Markdown: a row for each network, a column for each method."""
-    run, lines = section[0].any_run, []
-    for row in section + absent_networks(section):
-        cells = []
-        for method in METHODS:
-            paper = paper_error(run, row.model, method)
-            beside = f"; paper {paper:.2f}" if paper is not None else ""
-            cells.append(overview_text(row.cells.get(method), method in row.best()) + beside)
-        lines.append([row.label, row.experiment, *cells])
-    return markdown_table(["Test error (%)", "Experiment", *METHODS.values()], lines)
-
-
-def is_small(section):
-    """One row of single runs, of all methods: the details say it all."""
-    return len(section) == 1 and [len(cell.runs) for cell in section[0].cells.values()] == [1] * len(METHODS)
-
-
-def overview_text(cell, best):
-    if cell is None:
-        return "missing"
-    errors = cell.test_errors
-    if not errors:
-        return unfinished_text(cell)
-    words = bold(f"{median(errors):.2f}", best)
-    return words + (f" ({min(errors):.2f} to {max(errors):.2f}, n = {len(errors)})" if len(errors) > 1 else "")
-
-
-def absent_networks(section):
-    """A row for each of the paper's networks without a run, where another of them has one."""
-    paper, present = paper_of(section[0].any_run), {row.model for row in section}
-    names = paper.errors if paper and present & paper.errors.keys() else ()
-    return [Row(name) for name in names if name not in present]
-
-
-def markdown_table(header, lines):
-    """A column without any entry is left out."""
-    kept = [i for i in range(len(header)) if any(line[i] for line in lines)]
-    table = [[line[i] for i in kept] for line in (header, *lines)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(kept))]
-    table.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
+    for section in sections:
+        what = ", choice of hyperparameters" if section.held_out else ""
+        lines += [f"### {data_label(section.any_run)}{what}", "", describe(section), ""]
+        if not section.held_out and not is_small(section):
+            lines += [*overview(section), ""]
+        lines += [*cell_table(section), ""]
+        for row in section.rows:
+            if row.figure and figures_from:
+                where = quote(Path(os.path.relpath(row.figure, figures_from)).as_posix())
+                lines += [f"![{row.title}]({where})", ""]
+    unfinished = [run for section in sections for run in section.runs if not run.finished]
+    reasons = [f"{run.path}: unfinished, {run.progress}" for run in unfinished] + left_out
+    if reasons:
+        lines += ["Not counted:", "", *(f"- {reason}" for reason in reasons), ""]
+    return "\n".join([*lines, FOOTNOTES])
 
 
 def describe(section):
     """What all runs of a section share, and the devices, versions and commits they ran with."""
-    run = section[0].any_run
+    run, runs = section.any_run, section.runs
     options, data = run.options, run.config["data"]
-    runs = [r for row in section for cell in row.cells.values() for r in cell.runs + cell.unfinished]
     precision = options["dtype"]
     if precision == "float32" and convolutions(run) != precision:
         precision += f" ({convolutions(run)} in convolutions)"
     drops = ", ".join(map(str, options["epoch_step"]))
+    ratio = f"{options['lr_decay_ratio']:g}"
     tested = "held-out" if options["holdout"] else "test"
     numbers = f"{data['train_images']:,} training and {data['test_images']:,} {tested} pictures"
+    commits = [run.config.get("git_commit") or "" for run in runs]
     parts = [
         f"{numbers} (SHA-256 {data['sha256'][:12]})",
         f"{precision}, batches of {options['batch_size']}, {options['epochs']} epochs",
-        f"learning rates x{options['lr_decay_ratio']:g} after {drops}" if drops else "constant learning rates",
-        shared_options(runs),
-        listed("device", (r.config["device"] for r in runs)),
-        listed("torch", (r.config.get("torch") for r in runs)),
-        listed("commit", (c[:7] + c[40:] for c in (r.config.get("git_commit") or "" for r in runs))),  # 40: "-dirty"
+        f"learning rates x{ratio} after {drops}" if drops else "constant learning rates",
+        shared_options(section),
+        listed("device", [run.config["device"] for run in runs]),
+        listed("torch", [run.config.get("torch") for run in runs]),
+        listed("commit", [commit[:7] + commit[40:] for commit in commits]),  # "-dirty" follows the 40 digits
     ]
     paper = paper_of(run)
     if paper and not follows_paper(run):
@@ -486,173 +632,66 @@ def describe(section):
     return "; ".join(filter(None, parts)) + "."
 
 
-def shared_options(runs):
-    """The options besides the rates that all runs of a section share, or all of a method: 'omega 0.1 (Adam-G)'."""
-    parts, known = [], (*NO_RESULT, *SECTION, "optim_method", "model", "depth", "width", "lr", "lrg")
-    for name in (name for name in runs[0].options if name not in known):
-        values = defaultdict(set)  # those of each method that has such an option
-        for run in runs:
-            method = run.options["optim_method"]
-            if method != "SGD" or name not in NOT_OF_SGD:
-                values[method].add(str(run.options.get(name)))
-        single = {METHODS[method]: min(found) for method, found in values.items() if len(found) == 1}
-        for value in dict.fromkeys(single.values()):
-            methods = [method for method in METHODS.values() if single.get(method) == value]
-            parts.append(f"{name} {value}" + (f" ({', '.join(methods)})" if len(methods) < len(values) else ""))
-    return ", ".join(parts)
-
-
 def listed(name, values):
     values = sorted(set(filter(None, values)))
     return f"{name}: {', '.join(values)}" if values else ""
 
 
-def report(sections, left_out, figures_from):
-    """The whole output in Markdown; figures are linked relative to the folder `figures_from`, if it is given."""
-    lines = ["# Results", "", "Made by `scripts/summarize.py` from the logs of the runs.", ""] if figures_from else []
-    for section in sections:
-        what = ", choice of hyperparameters" if section[0].held_out else ""
-        lines += [f"### {data_label(section[0].any_run)}{what}", "", describe(section), ""]
-        if section[0].held_out:
-            lines += [*search(section), ""]
-        else:
-            lines += [*([] if is_small(section) else [*overview(section), ""]), *details(section), ""]
-        for row in section:
-            if row.figure and figures_from:
-                where = quote(Path(os.path.relpath(row.figure, figures_from)).as_posix())
-                lines += [f"![{title(row)}]({where})", ""]
-    cells = [cell for section in sections for row in section for cell in row.cells.values()]
-    unfinished = [f"{run.path}: unfinished, {run.progress}" for cell in cells for run in cell.unfinished]
-    if unfinished or left_out:
-        lines += ["Not counted:", "", *(f"- {reason}" for reason in unfinished + left_out), ""]
-    lines += ["The test error is the last epoch's; test error, training loss and images/s are medians over the runs."]
-    lines += ["A difference to the paper stands where epochs and drops are the paper's, whatever the other options."]
-    lines += ["Images/s is what the machine gave with whatever ran beside. An experiment is the folder of its runs."]
-    return "\n".join(lines) + "\n"
+def write_markdown(path, generated):
+    """Between the two marker comments of a page that has them; otherwise the whole file."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        page = f"{before}{begin}\n\n{generated}\n{end}{after}"
+    elif BEGIN in page or END in page:
+        raise ValueError(f"{path} needs both marker comments, in this order: {BEGIN} and {END}.")
+    else:
+        page = f"# Results\n\nMade by `scripts/summarize.py` from the logs of the runs.\n\n{generated}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
 
 
 def write_csv(path, sections):
-    records = [summary(row, c, section) for section in sections for row in section for c in row.cells.values()]
+    records = []
+    for section in sections:
+        for row in section.rows:
+            records += [summary(row, cell, section) for cell in row.cells.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
-        writer.writerows([{k: round(v, 6) if isinstance(v, float) else v for k, v in r.items()} for r in records])
+        for record in records:
+            rounded = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+            writer.writerow(rounded)
 
 
-# Figures
+def draw(sections, target, x):
+    """A figure for each row with results, and one of the paper's curves if `target` is a folder."""
+    import figures  # here, because matplotlib takes a second to import and tables need none
+
+    rows = []
+    for section in sections:
+        if not section.held_out:
+            rows += [row for row in section.rows if any(run.epochs for run in row.runs)]
+    figures.draw_rows(rows, target, x)
+    if not figures.is_file(target):
+        drops = {LABELS.get(dataset, dataset): paper.epoch_step for dataset, paper in PAPER.items()}
+        figures.draw_paper(target / "paper-curves.png", drops)
 
 
-def title(row):
-    name = f"{row.label} on {data_label(row.any_run)}"
-    return f"{name} ({row.experiment})" if row.experiment else name
-
-
-def curve(runs, quantity):
-    """The median over runs after each epoch, up to where the shortest of them is."""
-    return [median(values) for values in zip(*(quantity(run) for run in runs), strict=False)]
-
-
-def minutes(run):
-    return [seconds / 60 for seconds in accumulate(e["train_time"] + e["test_time"] for e in run.epochs)]
-
-
-QUANTITIES = {
-    "epoch": lambda run: list(range(1, len(run.epochs) + 1)),
-    "time": minutes,
-    "Training loss": lambda run: [epoch["train_loss"] for epoch in run.epochs],
-    "Test error (%)": lambda run: [100 - epoch["test_acc"] for epoch in run.epochs],
-}
-
-
-def draw(row, path, x):
-    """The paper's kind of figure: all seeds thin, the median of the finished ones thick, the drops dotted."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for panel, quantity in zip(panels, ("Training loss", "Test error (%)"), strict=True):
-        for method in METHODS:
-            if method in row.cells:
-                draw_cell(panel, row.cells[method], x, quantity)
-        panel.set(title=quantity, xlabel={"epoch": "Epoch", "time": "Minutes"}[x])
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yscale("log")
-    low, high = panels[0].get_ylim()
-    # 1, 2 and 5 of each decade, or round numbers where the range is too short to hold enough of them.
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(5))
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())  # or a short range would be labelled 6 x 10^-1
-    panels[0].plot([], [], color=DROP, linestyle=":", label="learning rates drop")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    limit_errors(panels[1], row)
-    figure.suptitle(title(row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def marker(run):
-    """A single epoch makes no line."""
-    return "o" if len(run.epochs) == 1 else None
-
-
-def draw_cell(panel, cell, x, quantity):
-    method = cell.options["optim_method"]
-    colour, name = COLOURS[method], METHODS[method]
-    horizontal, vertical = QUANTITIES[x], QUANTITIES[quantity]
-    runs = [run for run in cell.runs + cell.unfinished if run.epochs]
-    for run in runs:
-        panel.plot(horizontal(run), vertical(run), color=colour, linewidth=0.8, alpha=0.6, marker=marker(run))
-    if cell.runs:
-        steps = curve(cell.runs, horizontal)
-        name += f" (median of {len(cell.runs)})" if len(cell.runs) > 1 else ""
-        panel.plot(steps, curve(cell.runs, vertical), color=colour, linewidth=2, label=name)
-    elif runs:
-        steps = max(map(horizontal, runs), key=len)
-        panel.plot([], [], color=colour, linewidth=0.7, label=f"{name} (unfinished)")
-    else:
-        return
-    for drop in cell.options["epoch_step"]:
-        if drop <= len(steps):  # after so many epochs; against time, every method has its own moment
-            panel.axvline(steps[drop - 1], color=DROP if x == "epoch" else colour, linewidth=1, linestyle=":", zorder=1)
-
-
-def limit_errors(panel, row):
-    """Cuts off the first epochs' errors, and what is far below the lowest: the last ones should be told apart."""
-    runs = [run for cell in row.cells.values() for run in cell.runs + cell.unfinished]
-    later = [e for run in runs for e in QUANTITIES["Test error (%)"](run)[len(run.epochs) // 5 :]]
-    low, high = min(later, default=0), max(later, default=100)
-    panel.set_ylim(0.9 * low if low > high / 4 else 0, 1.1 * high or 1)
-
-
-def draw_all(sections, target, x):
-    """A figure for each row. `target` is a folder, or the one figure's file if it has a suffix."""
-    rows = [row for section in sections for row in section if row.started and not row.held_out]
-    is_file = target.suffix and not target.is_dir()
-    if is_file and len(rows) > 1:
-        raise ValueError(f"There are {len(rows)} figures to draw: give --plots a directory instead of {target}.")
-    names = set()
-    for row in rows:
-        words = [row.experiment, row.any_run.config["data"]["name"], row.model, *(["time"] if x == "time" else [])]
-        stem = name = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-        while name in names:  # another section or row of the same data set and network
-            name = f"{stem}-{1 + sum(other.startswith(stem) for other in names)}"
-        names.add(name)
-        row.figure = target if is_file else target / f"{name}.png"
-        draw(row, row.figure, x)
+# The program
 
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, with the figures")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write one line per cell that has runs there")
-    parser.add_argument("--plots", type=Path, metavar="DIR_OR_FILE", help="draw a figure per network and data set")
-    parser.add_argument("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
+    add = parser.add_argument
+    pages = "write the tables there, with the figures; only between this program's marker comments, if there"
+    add("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
+    add("--markdown", type=Path, metavar="FILE", help=pages)
+    add("--csv", type=Path, metavar="FILE", help="write one line per cell that has runs there")
+    add("--plots", type=Path, metavar="DIR_OR_FILE", help="draw a figure per network and data set")
+    add("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
     options = parser.parse_args(arguments)
     for directory in options.directories:
         if not directory.is_dir():
@@ -665,25 +704,23 @@ def main(arguments=None):
     runs, left_out = read_runs(options.directories)
     if not runs:
         places = ", ".join(map(str, options.directories))
-        reasons = "".join(f" {reason};" for reason in left_out)
-        sys.exit(f"No usable run (a directory with config.json and log.txt) below {places}:{reasons} train one first.")
+        advice = f"left out {'; '.join(left_out)}." if left_out else "train one first."
+        sys.exit(f"No usable run (a directory with config.json and log.txt) below {places}: {advice}")
     sections = make_sections(runs, left_out)
     try:
         if options.plots:
-            draw_all(sections, options.plots, options.x)
-        print(report(sections, left_out, None), end="")
+            draw(sections, options.plots, options.x)
+        print(report(sections, left_out), end="")
         if options.markdown:
-            options.markdown.parent.mkdir(parents=True, exist_ok=True)
-            options.markdown.write_text(report(sections, left_out, options.markdown.parent), encoding="utf-8")
+            write_markdown(options.markdown, report(sections, left_out, options.markdown.parent))
         if options.csv:
-            options.csv.parent.mkdir(parents=True, exist_ok=True)
             write_csv(options.csv, sections)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if options.plots:
-        print("\nFigures:", *(row.figure for section in sections for row in section if row.figure))
+        print("\nFigures:", *(row.figure for section in sections for row in section.rows if row.figure))
 
 
 if __name__ == "__main__":

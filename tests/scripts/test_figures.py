@@ -1,0 +1,159 @@
+"""Figures: runs with medians and drops, the paper's curves behind them where they belong, and these alone."""
+
+import re
+from pathlib import Path
+
+import figures
+import pytest
+import summarize
+
+NAMES = ("SGD", "SGD-G", "Adam-G")
+DROPS = {"CIFAR-10": [60, 120, 160], "CIFAR-100": [60, 120, 160], "SVHN": [60, 120]}
+PAPER_NETWORKS = [("CIFAR10", "wrn-28-10"), ("CIFAR100", "wrn-28-10"), ("SVHN", "wrn-22-8")]
+SIZES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "SVHN": (604_388, 26_032)}
+
+
+def make_run(method, error, written=5, dataset="folder", name=None, images=None, model="wrn-10-1", epochs=5):
+    """A run whose loss falls to 1 and whose test error to `error`; an epoch takes 2 s, and 1 s of testing."""
+    train, test = images or SIZES.get(dataset, (1437, 360))
+    options = {"dataset": dataset, "optim_method": method, "epochs": epochs, "epoch_step": [2, 3]}
+    data = {"name": name or dataset, "train_images": train, "test_images": test}
+    times = {"train_time": 2.0, "test_time": 1.0}
+    losses = [1 + epochs - epoch for epoch in range(1, written + 1)]
+    records = [{"train_loss": loss, "test_acc": 100 - error - 2 * (loss - 1)} | times for loss in losses]
+    return summarize.Run(Path(), "", {"options": options, "data": data, "model": model}, records)
+
+
+def make_row(*runs):
+    """As `summarize.py` makes it: finished runs and others of each method."""
+    row = summarize.Row((), runs[0].model, "", 1)
+    for run in runs:
+        cell = row.cells.setdefault(run.method, summarize.Cell())
+        (cell.runs if run.finished else cell.unfinished).append(run)
+    return row
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """panels(draw, *arguments): the panels of the figure that a function would write."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+
+    def draw(function, *arguments):
+        function(*arguments)
+        figure = drawn.pop()
+        figures.plt.close(figure)
+        return figure.axes
+
+    return draw
+
+
+def lines(panel, method):
+    """The curves of a method: (width, x, y), without drops and what stands in the legend alone."""
+    mine = [line for line in panel.lines if line.get_color() == figures.COLOURS[method]]
+    curves = [line for line in mine if len(line.get_xdata()) > 2]
+    return [(line.get_linewidth(), list(line.get_xdata()), list(line.get_ydata())) for line in curves]
+
+
+def dashed(panel):
+    """{method: line} of the paper's curves in a panel."""
+    methods = {colour: method for method, colour in figures.COLOURS.items()}
+    curves = [line for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    return {methods[line.get_color()]: line for line in curves}
+
+
+def drops(panel):
+    dotted = [line for line in panel.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+    return {line.get_xdata()[0] for line in dotted}
+
+
+def labels(panel):
+    """What the figure's legend says."""
+    return [text.get_text() for text in panel.figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("x", ["epoch", "time"])
+def test_a_figure_shows_the_runs_and_their_median(panels, x):
+    runs = [make_run(method, 4.0 + more) for method in ("SGD", "SGDG", "AdamG") for more in (0, 1, 5)]
+    loss, error = panels(figures.draw_row, make_row(*runs, make_run("AdamG", 50.0, written=3)), Path(), x)
+    assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
+    assert labels(loss) == [*(f"{name} (median of 3)" for name in NAMES), "learning rates drop"]
+    steps = [1, 2, 3, 4, 5] if x == "epoch" else [0.05, 0.1, 0.15, 0.2, 0.25]
+    assert len(set(figures.COLOURS.values())) == 3
+    for panel in (loss, error):
+        assert sorted(drops(panel)) == pytest.approx(steps[1:3])
+    for method in NAMES:
+        *thin, (width, horizontal, vertical) = sorted(lines(error, method), key=lambda line: line[0])
+        assert [line[0] < 1 for line in thin] == [True] * (3 + (method == "Adam-G"))
+        assert sorted(line[2][-1] for line in thin)[:3] == pytest.approx([4, 5, 9])
+        assert (width, horizontal) == (2, pytest.approx(steps))
+        assert vertical == pytest.approx([5 + more for more in (8, 6, 4, 2, 0)])
+        assert lines(loss, method)[-1][2] == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(("dataset", "model"), PAPER_NETWORKS)
+def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
+    row = make_row(*[make_run(m, 4.0, dataset=dataset, model=model, epochs=30) for m in ("SGD", "AdamG")])
+    loss, error = panels(figures.draw_row, row, Path(), "epoch")
+    paper = figures.read_paper_curves()[row.paper_data, model.upper()]
+    assert dashed(loss).keys() == {"SGD", "Adam-G"}  # those of the methods that ran, for as many epochs
+    for method, line in dashed(loss).items():
+        points = list(zip(*line.get_data(), strict=True))
+        assert points == [(epoch, loss) for epoch, loss in paper[method] if epoch <= 30]
+        assert line.get_zorder() < 2  # ours, as all lines of matplotlib
+        assert line.get_linewidth() <= 1
+    assert f"the paper's (likely {model.upper()})" in labels(loss)
+    assert not dashed(error)
+    assert not dashed(panels(figures.draw_row, row, Path(), "time")[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dataset": "folder", "name": "CIFAR-10 (JPEG)", "images": SIZES["CIFAR10"]},
+        {"dataset": "folder", "name": "CIFAR-10", "images": SIZES["CIFAR10"]},
+        {"images": (500, 100)},
+        {"model": "wrn-10-1"},
+        {"dataset": "SVHN"},  # with another network than the paper's
+        {"epochs": 1, "written": 1},  # before the first epoch that was read
+    ],
+)
+def test_the_papers_curves_stand_behind_nothing_else(panels, other):
+    run = make_run("SGD", 4.0, **({"dataset": "CIFAR10", "model": "wrn-28-10"} | other))
+    loss, error = panels(figures.draw_row, make_row(run), Path(), "epoch")
+    assert not dashed(loss)
+    assert not dashed(error)
+    assert not any("paper" in label for label in labels(loss))
+
+
+def test_the_papers_curves_are_those_that_the_page_quotes():
+    """Before each drop, the lowest in bold; and SGD leads before the first drop on CIFAR, nowhere on SVHN."""
+    page = (figures.PAPER_CURVES.parent / "results.md").read_text()
+    quoted = {
+        int(epoch): line.split("|") for epoch, line in re.findall(r"^\| (\d+), .*?\|(.*)\|$", page, re.M)
+    }
+    assert list(quoted) == [58, 118, 158, 198]
+    for index, ((data, _), methods) in enumerate(figures.read_paper_curves().items()):
+        assert tuple(methods) == NAMES
+        losses = [dict(points) for points in methods.values()]
+        for epoch, numbers in quoted.items():
+            shown = [number.strip() for number in numbers[3 * index : 3 * index + 3] if number.strip()]
+            read = [loss[epoch] for loss in losses if epoch in loss]
+            assert [float(number.strip("*")) for number in shown] == read
+            assert ["*" in number for number in shown] == [loss == min(read) for loss in read]
+        for epoch in set.intersection(*map(set, losses)):
+            leads = losses[0][epoch] == min(loss[epoch] for loss in losses)
+            assert epoch > 60 or leads == (data != "SVHN"), (data, epoch)
+
+
+def test_the_papers_curves_alone(panels):
+    drawn = panels(figures.draw_paper, Path(), DROPS)
+    assert [panel.get_title().split(" (likely ")[0] for panel in drawn] == list(DROPS)
+    assert labels(drawn[0]) == [*NAMES, "learning rates drop"]
+    for panel, methods in zip(drawn, figures.read_paper_curves().values(), strict=True):
+        assert panel.get_yscale() == "log"
+        assert drops(panel) == set(DROPS[panel.get_title().split(" ")[0]])
+        for method in NAMES:
+            ((_, epochs, losses),) = lines(panel, method)
+            assert list(zip(epochs, losses, strict=True)) == methods[method]
