@@ -1,6 +1,6 @@
 """What the paper and the authors' code say, in numbers, held against what a run does. Read this file first.
 
-Nothing expected here comes from the code under test: numbers are literal, and `plain_loop` is the whole training
+Nothing expected here comes from the code under test: numbers are literal, and `plain_loop` is the training
 once more in plain PyTorch. In this order: a step of each method by hand; which weights are on G(1, n); the
 hyperparameters, and the learning rates epoch by epoch; the paper's tables; runs beside the plain loop.
 """
@@ -29,16 +29,15 @@ from vgg import VGG
 
 def step(method, y, g, state=None, **options):
     """The weight and its state after one step from y with gradient g, as lists rounded to six digits."""
-    p = torch.nn.Parameter(torch.tensor(y, dtype=torch.float64))
-    p.grad = torch.tensor(g, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.tensor(y).double())
+    p.grad = torch.tensor(g).double()
     optimizer = method([p], grassmann=True, **options)
-    optimizer.state[p] = {
-        name: torch.tensor(value, dtype=torch.float64) for name, value in (state or {}).items()
-    }
+    for name, value in (state or {}).items():
+        optimizer.state[p][name] = torch.tensor(value).double()
     optimizer.step()
-    after = optimizer.state[p]
-    tensors = [p.detach(), after["momentum_buffer"], *([after["second_moment"]] if method is AdamG else [])]
-    return [(t.round(decimals=6) + 0.0).tolist() for t in tensors]
+    kept = ("momentum_buffer", "second_moment") if method is AdamG else ("momentum_buffer",)
+    tensors = [p, *(optimizer.state[p][name] for name in kept)]
+    return [(t.detach().round(decimals=6) + 0.0).tolist() for t in tensors]
 
 
 def test_sgdg_in_the_plane():
@@ -126,18 +125,17 @@ def test_parameters_and_their_groups(network, classes, parameters, layers):
         assert [on_manifold for on_manifold, _ in expected.values()].count(True) == layers
         if method == "SGD":  # the same decays, and the convolutions decay with the other weights
             expected = {name: (False, decay or 0.5) for name, (_, decay) in expected.items()}
-        groups = {
-            p: (g.get("grassmann", False), g["weight_decay"])
-            for g in optimizer.param_groups
-            for p in g["params"]
-        }
-        assert {name: groups[p] for name, p in named.items()} == expected
-        assert len(groups) == len(named)
+        found = {}
+        for group in optimizer.param_groups:
+            found |= dict.fromkeys(group["params"], (group.get("grassmann", False), group["weight_decay"]))
+        assert found == {p: expected[name] for name, p in named.items()}
 
 
 # -------------------------------------------------------------------- the hyperparameters of both data sets
 
-PAPER = {  # lr, lrg (None: nothing is on G(1, n)), decay of BN and biases
+CIFAR = {"epochs": 200, "epoch_step": [60, 120, 160], "lr_decay_ratio": 0.2, "randomcrop_pad": 4}
+SVHN = {"epochs": 160, "epoch_step": [60, 120], "lr_decay_ratio": 0.1, "randomcrop_pad": 0}
+RATES = {  # lr, lrg (None: nothing is on G(1, n)), decay of BN and biases
     ("CIFAR10", "SGD"): (0.1, None, 5e-4),
     ("CIFAR10", "SGDG"): (0.01, 0.2, 0.0),
     ("CIFAR10", "AdamG"): (0.01, 0.05, 0.0),
@@ -145,7 +143,7 @@ PAPER = {  # lr, lrg (None: nothing is on G(1, n)), decay of BN and biases
     ("SVHN", "SGDG"): (0.001, 0.02, 0.0),
     ("SVHN", "AdamG"): (0.001, 0.005, 0.0),
 }
-PAPER.update({("CIFAR100", method): PAPER["CIFAR10", method] for method in METHODS})
+RATES |= {("CIFAR100", method): RATES["CIFAR10", method] for method in METHODS}
 MEAN_AND_STD = {  # of red, green and blue on 0..255; SVHN: x / 255
     "CIFAR10": ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),
     "CIFAR100": ([129.3, 124.1, 112.4], [68.2, 65.4, 70.4]),
@@ -158,47 +156,31 @@ def write_pictures(dataset, root, monkeypatch):
     return write_svhn(root, monkeypatch) if dataset == "SVHN" else write_archive(dataset, root, monkeypatch)
 
 
-@pytest.mark.parametrize(("dataset", "method"), PAPER)
+@pytest.mark.parametrize(("dataset", "method"), RATES)
 def test_hyperparameters_of_a_started_run(dataset, method, tmp_path, monkeypatch):
     write_pictures(dataset, tmp_path, monkeypatch)
-    flags = (
-        f"--dataset {dataset} --optim_method {method} --depth 10 --width 1 --batchSize 4 --max_minutes 1e-9"
-    )
-    assert (
-        call(*flags.split(), "--dataroot", tmp_path, "--save", tmp_path / "run").code == 0
-    )  # after one step
-    state = load(tmp_path / "run")
-    svhn, (lr, lrg, bn_decay) = dataset == "SVHN", PAPER[dataset, method]
-    options = {
-        **{
-            "lr": lr,
-            "lrg": lrg,
-            "momentum": 0.9,
-            "weight_decay": 5e-4,
-            "bn_decay": bn_decay,
-            "dtype": "float32",
-        },
-        **dict.fromkeys(("omega", "grad_clip"), None if method == "SGD" else 0.1),
-        **{"epochs": 160 if svhn else 200, "epoch_step": [60, 120] if svhn else [60, 120, 160]},
-        **{"lr_decay_ratio": 0.1 if svhn else 0.2, "dropout": 0.4 if svhn else 0.3},
-        **{"randomcrop_pad": 0 if svhn else 4, "holdout": 0},
-    }
+    one_step = ["--max_minutes", 1e-9, "--batchSize", 4, "--depth", 10, "--width", 1]
+    flags = [
+        "--dataset",
+        dataset,
+        "--dataroot",
+        tmp_path,
+        "--optim_method",
+        method,
+        "--save",
+        tmp_path / "run",
+    ]
+    assert call(*flags, *one_step).code == 0
+    state, (lr, lrg, bn_decay) = load(tmp_path / "run"), RATES[dataset, method]
+    options = {"lr": lr, "lrg": lrg, "bn_decay": bn_decay, "momentum": 0.9, "weight_decay": 5e-4}
+    options |= dict.fromkeys(("omega", "grad_clip"), None if method == "SGD" else 0.1)
+    options |= SVHN | {"dropout": 0.4} if dataset == "SVHN" else CIFAR | {"dropout": 0.3}
     assert options.items() <= state["options"].items()
-    euclidean = {"lr": lr, "momentum": 0.9, "nesterov": True, "dampening": 0}
-    grassmann = {
-        "grassmann": True,
-        "lr": lrg,
-        "momentum": 0.9,
-        "omega": 0.1,
-        "grad_clip": 0.1,
-        "weight_decay": 0,
-    }
-    adam = {"beta2": 0.99, "epsilon": 1e-8} if method == "AdamG" else {}
-    groups = {
-        "bn/bias": {**euclidean, "weight_decay": bn_decay},
-        "other": {**euclidean, "weight_decay": 5e-4},
-        **({} if method == "SGD" else {"on G(1,n)": {**grassmann, **adam}}),
-    }
+    sgd = {"lr": lr, "momentum": 0.9, "nesterov": True, "dampening": 0}
+    groups = {"bn/bias": sgd | {"weight_decay": bn_decay}, "other": sgd | {"weight_decay": 5e-4}}
+    if method != "SGD":
+        rows = {"grassmann": True, "lr": lrg, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.1}
+        groups["on G(1,n)"] = rows | ({"beta2": 0.99, "epsilon": 1e-8} if method == "AdamG" else {})
     used = {group["name"]: group for group in state["optimizer"]["param_groups"]}
     assert groups.keys() == used.keys()
     for name, group in groups.items():
@@ -213,19 +195,15 @@ def test_batch_size_and_the_dropout_of_vgg(dataset):
     assert parse_options(["--dataset", dataset, "--model", "vgg19"])[0].dropout == 0
 
 
-@pytest.mark.parametrize(("dataset", "method"), PAPER)
+@pytest.mark.parametrize(("dataset", "method"), RATES)
 def test_learning_rates_epoch_by_epoch(dataset, method, tmp_path, monkeypatch):
     write_pictures(dataset, tmp_path, monkeypatch)
     flags = f"--depth 10 --width 1 --dataset {dataset} --optim_method {method}"
     t = main.Training(parse_options(flags.split())[0], load_data(dataset, tmp_path))
-    phases = (
-        [(60, 1), (60, 0.1), (40, 0.01)]
-        if dataset == "SVHN"
-        else [(60, 1), (60, 0.2), (40, 0.04), (40, 0.008)]
-    )
-    factors = [factor for epochs, factor in phases for _ in range(epochs)]
+    cifar, svhn = [0.2] * 60 + [0.04] * 40 + [0.008] * 40, [0.1] * 60 + [0.01] * 40
+    factors = [1] * 60 + (svhn if dataset == "SVHN" else cifar)
     assert t.options.epochs == len(factors)
-    lr, lrg, _ = PAPER[dataset, method]
+    lr, lrg, _ = RATES[dataset, method]
     for factor in factors:
         for group in t.optimizer.param_groups:
             assert group["lr"] == pytest.approx(factor * (lrg if group.get("grassmann") else lr), rel=1e-9)
@@ -265,7 +243,7 @@ def test_the_tables_are_the_papers():
 
 
 def setting(method, **changes):
-    """Flags and values of a run. No value is a default: what the program ignored would show in the weights."""
+    """Flags and values of a run, none of them a default: one that was ignored would show in the weights."""
     flags = {"optim_method": method, "model": "resnet", "depth": 10, "width": 1, "dropout": 0.2, "seed": 7}
     flags |= {"batchSize": 12, "randomcrop_pad": 3, "epochs": 2, "epoch_step": [1], "lr_decay_ratio": 0.5}
     flags |= {"lr": 0.05, "lrg": 0.1, "momentum": 0.8, "weightDecay": 0.1, "bnDecay": 0.3}
@@ -305,30 +283,26 @@ def grassmann_step(method, y, g, state, lr, momentum, nu):
     return y
 
 
-def augmented(image, pad, top, left, flip):
+def augmented(image, pad, offset, flip):
+    top, left = offset
     padded = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
     crop = padded[top : top + 32, left : left + 32]
     return cv2.flip(crop, 1) if flip else crop
 
 
 def plain_loop(s, train, test, mean, std, flip):
-    """Training, once more, on images (N, 32, 32, 3) in RGB and labels. Returns the weights and what is logged."""
+    """Training, once more, on images (N, 32, 32, 3) in RGB and labels: the weights, and what is logged."""
 
     def inputs(images):
-        x = (np.stack(images) - np.float32(mean)) / np.float32(std)
+        x = (np.stack(list(images)) - np.float32(mean)) / np.float32(std)
         return torch.from_numpy(x).permute(0, 3, 1, 2)
 
     torch.manual_seed(s.seed)  # the same initial weights and, as both are stored NHWC, zeros of the dropout
     classes = len(set(train[1].tolist()))
-    model = (
-        VGG(11, classes, s.dropout)
-        if s.model == "vgg11"
-        else WideResNet(s.depth, s.width, classes, s.dropout)
-    )
+    model = VGG(11, classes, s.dropout) if s.model == "vgg11" else WideResNet(10, 1, classes, s.dropout)
     named = dict(model.to(memory_format=torch.channels_last).named_parameters())
-    rows = {
-        n: p for n, p in named.items() if s.optim_method != "SGD" and "conv" in n and len(p) < p[0].numel()
-    }
+    undercomplete = {n: p for n, p in named.items() if "conv" in n and len(p) < p[0].numel()}
+    rows = {} if s.optim_method == "SGD" else undercomplete  # the weights on G(1, n)
     for p in rows.values():
         p.data /= p.data.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     lr, lrg, states, log = s.lr, s.lrg, {name: {} for name in named}, []
@@ -339,11 +313,9 @@ def plain_loop(s, train, test, mean, std, flip):
         plan = EpochPlan(len(train[1]), s.batchSize, seed=s.seed, epoch=epoch, pad=pad, flip=flip)
         model.train()
         for chosen, offsets, flips in zip(plan.order, plan.offsets, plan.flips, strict=True):
-            x = inputs(
-                [augmented(train[0][i], pad, *o, f) for i, o, f in zip(chosen, offsets, flips, strict=True)]
-            )
+            images = map(augmented, train[0][chosen], [pad] * len(chosen), offsets, flips)
             labels = torch.from_numpy(train[1][chosen])
-            logits = model(x)
+            logits = model(inputs(images))
             loss = cross_entropy(logits, labels)
             grams = [p.flatten(1) @ p.flatten(1).T for p in rows.values()]
             penalty = sum(s.omega / 2 * ((gram - torch.eye(len(gram))) ** 2).sum() for gram in grams)
@@ -375,29 +347,27 @@ def assert_run_is_plain_loop(s, save, data_flags, *data):
     stored = load(save)["model"]
     assert stored.keys() == state.keys()
     for name, expected in state.items():
-        # Shifts start at 0 and are nothing but a few gradients. Where rounding decides whether a ReLU of the last
-        # layers is open, 3% of a small batch's gradient went either way.
+        # Shifts start at 0 and are nothing but a few gradients, of which 3% went either way where rounding
+        # decided whether a ReLU of VGG's last layers is open.
         tolerance = 0.1 if name.endswith("bias") else 1e-3
         assert (stored[name] - expected).double().norm() <= tolerance * expected.double().norm(), name
-    logged = [
-        [e[key] for key in ("train_loss", "train_acc", "test_loss", "test_acc")] for e in log_lines(save)
-    ]
+    names = ("train_loss", "train_acc", "test_loss", "test_acc")
+    logged = [[epoch[name] for name in names] for epoch in log_lines(save)]
     np.testing.assert_allclose(logged, log, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """27 pictures to train, 18 to test: noise of another mean and deviation in each channel; as arrays and files."""
+    """27 pictures to train, 18 to test: noise, of its own mean and deviation in each channel; also as files."""
     root, rng, parts = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
     for part, count in (("train", 9), ("test", 6)):
         labels = np.repeat(np.arange(3), count)
         images = rng.integers([0, 90, 20], [256, 150, 60], (3 * count, 32, 32, 3)).astype(np.uint8)
         images[..., 1] += 40 * labels[:, None, None].astype(np.uint8)
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            (root / part / str(label)).mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(
-                str(root / part / str(label) / f"{i:02}.png"), image[..., ::-1]
-            )  # OpenCV's order is BGR
+            path = root / part / str(label) / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), image[..., ::-1])  # OpenCV's order is BGR
         parts.append((images, labels))
     pixels = parts[0][0].reshape(-1, 3).astype(float)
     return ["--dataset", "folder", "--dataroot", root], *parts, pixels.mean(0), pixels.std(0), True
