@@ -1,7 +1,10 @@
 """Properties of the data sets, the epoch plan and the batches."""
 
+import fcntl
+import socket
 import threading
 from dataclasses import replace
+from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -9,7 +12,6 @@ import pytest
 import torch
 from helpers import LAYOUTS, SVHN_SIZES, write_archive, write_svhn
 
-import data
 from data import EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from utils import UserError
 
@@ -65,6 +67,10 @@ class TestEpochPlan:
             counts = np.bincount(plan.offsets[..., axis].ravel())
             assert len(counts) == 2 * pad + 1
             np.testing.assert_allclose(counts / counts.mean(), 1, atol=0.3)
+        top, left = plan.offsets[..., 0], plan.offsets[..., 1]
+        assert (top == left).mean() == pytest.approx(
+            1 / (2 * pad + 1), abs=0.01
+        )  # as for two independent draws
 
     def test_flip_off_changes_nothing_else(self):
         plain, mirrored = (EpochPlan(500, 50, seed=0, epoch=0, flip=flip) for flip in (False, True))
@@ -197,8 +203,14 @@ def test_eval_batches_are_all_pictures_in_order(pictures, batch_size):
 
 @pytest.mark.usefixtures("no_network")
 class TestCifar:
-    @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100"])
-    def test_reads_the_real_format(self, dataset, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("dataset", "mean", "std"),
+        [
+            ("CIFAR10", (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+            ("CIFAR100", (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        ],
+    )
+    def test_reads_the_real_format(self, dataset, mean, std, tmp_path, monkeypatch):
         content = write_archive(dataset, tmp_path, monkeypatch)
         _, train_files, test_file, label_key, _ = LAYOUTS[dataset]
         loaded = load_data(dataset, tmp_path)
@@ -218,7 +230,7 @@ class TestCifar:
         assert loaded.name == dataset
         assert len(loaded.classes) == (100 if dataset == "CIFAR100" else 10)
         assert loaded.flip
-        assert (loaded.mean, loaded.std) == data.CIFAR_STATISTICS[dataset]
+        assert (loaded.mean, loaded.std) == (mean, std)
 
     def test_unpacked_data_need_no_archive(self, tmp_path, monkeypatch):
         write_archive("CIFAR10", tmp_path, monkeypatch)
@@ -236,11 +248,32 @@ class TestCifar:
             assert part in message
         assert "\n" not in message
 
+    def test_a_download_is_alone_and_gives_up_on_a_silent_server(self, tmp_path, monkeypatch):
+        seen = []
+
+        def look(*_args, **_kwargs):
+            with open(tmp_path / ".lock") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # fails while somebody has it alone
+            seen.append(socket.getdefaulttimeout())
+            raise URLError("no route")
+
+        monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", look)
+        before = socket.getdefaulttimeout()
+        with pytest.raises(UserError, match="no route"):
+            load_data("CIFAR10", tmp_path)
+        assert seen
+        assert all(timeout is not None and 1 <= timeout <= 60 for timeout in seen)
+        assert socket.getdefaulttimeout() == before
+        with open(tmp_path / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def test_a_corrupt_archive_is_named(self, tmp_path, monkeypatch):
         write_archive("CIFAR10", tmp_path, monkeypatch)
         archive = tmp_path / "cifar-10-python.tar.gz"
         archive.write_bytes(archive.read_bytes()[:-100])
-        with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is incomplete, corrupt.*--dataset digits"):
+        with pytest.raises(
+            UserError, match=r"cifar-10-python.tar.gz is incomplete, corrupt.*--dataset digits"
+        ):
             load_data("CIFAR10", tmp_path)
 
     def test_an_archive_without_its_files_is_an_error(self, tmp_path, monkeypatch):
@@ -325,11 +358,13 @@ class TestDigits:
         # Every original is there once: the enlarged pictures' mean brightnesses, sorted, are the same numbers.
         both = np.concatenate([digits.train_images, digits.test_images])[..., 0].mean((1, 2))
         enlarged = [
-            cv2.resize(np.rint(image * 255 / 16).astype(np.uint8), (32, 32)).mean() for image in original.images
+            cv2.resize(np.rint(image * 255 / 16).astype(np.uint8), (32, 32)).mean()
+            for image in original.images
         ]
         np.testing.assert_allclose(np.sort(both), np.sort(enlarged))
 
-    def test_is_the_same_every_time(self, digits):
+    def test_is_the_same_everywhere(self, digits):
+        assert digits.sha256 == "0bc7938f4cc77f1f7ac9ec87a11b6f58dad207ddec9123fbf484f1384456b9bb"
         assert load_data("digits", "elsewhere").sha256 == digits.sha256
 
     def test_statistics_are_those_of_the_training_part(self, digits):
@@ -366,7 +401,12 @@ class TestHoldOut:
             assert [label_of[image.tobytes()] for image in images] == labels.tolist()
         share = np.bincount(digits.train_labels) * count / 1437
         assert (np.abs(np.bincount(held.test_labels) - share) < 1).all()
-        assert (held.mean, held.std, held.name, held.flip) == (digits.mean, digits.std, digits.name, digits.flip)
+        assert (held.mean, held.std, held.name, held.flip) == (
+            digits.mean,
+            digits.std,
+            digits.name,
+            digits.flip,
+        )
 
     def test_depends_on_the_count_only(self, digits):
         first = hold_out(digits, 100)
@@ -382,7 +422,9 @@ class TestHoldOut:
 
     @pytest.mark.parametrize(("count", "use"), [(9, "choose on"), (1428, "train on")])
     def test_a_part_without_a_class_is_an_error(self, digits, count, use):
-        with pytest.raises(UserError, match=rf"--holdout {count} leaves no picture to {use} of the classes: \d"):
+        with pytest.raises(
+            UserError, match=rf"--holdout {count} leaves no picture to {use} of the classes: \d"
+        ):
             hold_out(digits, count)
 
 
@@ -422,7 +464,12 @@ class TestFolder:
 
     def test_extensions_greyscale_and_sizes_mix_and_hidden_files_are_ignored(self, folder):
         red = folder / "train" / "red"
-        for name, size in (("a.jpg", (32, 32)), ("b.JPEG", (100, 37)), ("c.bmp", (8, 8)), ("d.WebP", (20, 64))):
+        for name, size in (
+            ("a.jpg", (32, 32)),
+            ("b.JPEG", (100, 37)),
+            ("c.bmp", (8, 8)),
+            ("d.WebP", (20, 64)),
+        ):
             write_picture(red / name, RED, size)
         cv2.imwrite(str(red / "e.PNG"), np.full((40, 32), 99, np.uint8))
         cv2.imwrite(str(red / "f.png"), np.full((32, 32, 4), (10, 10, 200, 0), np.uint8))
@@ -445,8 +492,18 @@ class TestFolder:
         for i, picture in enumerate(noise):
             cv2.imwrite(str(folder / "train" / "red" / f"noise{i:03}.png"), picture[..., ::-1])
         loaded = load_data("folder", folder)
-        found = loaded.train_images[[(image == noise[0]).all() for image in loaded.train_images].index(True) :][:300]
+        found = loaded.train_images[
+            [(image == noise[0]).all() for image in loaded.train_images].index(True) :
+        ][:300]
         np.testing.assert_array_equal(found, noise)
+
+    def test_a_larger_picture_is_averaged(self, folder):
+        stripes = np.zeros((128, 128, 3), np.uint8)
+        stripes[:, ::4] = (
+            240  # one column of each four that become one; bilinear sampling would see the middle two
+        )
+        cv2.imwrite(str(folder / "test" / "green" / "0.png"), stripes)
+        assert (load_data("folder", folder).test_images[0] == 60).all()
 
     def test_a_constant_channel_can_be_divided_by(self, folder):
         for path in (folder / "train").rglob("*.png"):
