@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import main
 from data import EpochPlan, load_data
 from grassmann_optimizer import SGDG, AdamG
-from main import parse_options
+from options import parse_options
 from resnet import WideResNet
 from vgg import VGG
 

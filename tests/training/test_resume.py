@@ -290,6 +290,21 @@ class TestResume:
         assert_same_run(save, finished["SGDG"][0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_twice_the_process_ends_at_once(number):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = utils.StopRequest(None)
+        assert not stop
+        signal.raise_signal(number)
+        assert stop
+        assert stop.exit_code == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
 def start(argv) -> subprocess.Popen:
     """main.py as a process of its own."""
     command = [sys.executable, main.__file__, *argv]

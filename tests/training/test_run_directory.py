@@ -21,6 +21,7 @@ import report
 import utils
 from data import load_data
 from grassmann_optimizer import SGDG, unit
+from resnet import WideResNet
 from utils import UserError
 
 RATES = {"SGD": (0.1, None), "SGDG": (0.01, 0.2), "AdamG": (0.01, 0.05)}
@@ -350,6 +351,37 @@ class TestNotFinite:
         outcome = call(*tiny("SGD", tmp_path / "run"))
         assert_one_sentence(outcome, 1, "test loss is not finite after epoch 2")
         assert load(tmp_path / "run")["epoch"] == len(log_lines(tmp_path / "run")) == 1
+
+    def test_nor_a_weight(self, tiny, tmp_path, monkeypatch):
+        """It may come from the epoch's last step, whose loss was still finite."""
+        true_step = main.Training.step
+
+        def step(t, x, labels):
+            result = true_step(t, x, labels)
+            if (t.epoch, t.batch) == (1, STEPS - 1):
+                with torch.no_grad():
+                    t.model.fc.weight[0, 0] = math.nan
+            return result
+
+        monkeypatch.setattr(main.Training, "step", step)
+        outcome = call(*tiny("SGD", tmp_path / "run"))
+        assert_one_sentence(outcome, 1, f"a weight is not finite in epoch 2, after step {STEPS} ")
+        assert load(tmp_path / "run")["epoch"] == len(log_lines(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_and_evaluation_are_in_the_precision_asked_for(tiny, tmp_path, monkeypatch, dtype):
+    seen = {True: set(), False: set()}  # by training mode
+    original = WideResNet.forward
+
+    def forward(model, x):
+        logits = original(model, x)
+        seen[model.training].add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(WideResNet, "forward", forward)
+    assert call(*tiny("SGD", tmp_path / "run", "--dtype", dtype)).code == 0
+    assert seen == {True: {getattr(torch, dtype)}, False: {getattr(torch, dtype)}}
 
 
 class TestProbe:
