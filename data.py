@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-# Before the import, which reads it: a broken picture is reported once, as a UserError. (The functions that set
-# the level later have different names in different releases of OpenCV.)
+# Before the import, which reads it: a broken picture is reported once, as a UserError. (The functions that
+# set the level later have different names in different releases of OpenCV.)
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
@@ -33,7 +33,7 @@ from utils import UserError
 SIZE = 32  # pixels: height and width of every picture
 DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-# Per channel (R, G, B) on 0..255: mean, std. The paper's values.
+# Per channel (R, G, B) on 0..255: mean, std. The constants of the authors' PyTorch script.
 CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
@@ -98,9 +98,9 @@ class DataSet:
 def load_data(dataset: str, dataroot, dataset_name: str | None = None) -> DataSet:
     """Load one of `DATASETS` whole into memory.
 
-    `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for digits).
-    `dataset_name` is what a folder is called in logs (default "folder"; the others have a name). Raises UserError
-    for data that are missing, broken or cannot be downloaded.
+    `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for
+    digits). `dataset_name` is what a folder is called in logs (default "folder"; the others have a name).
+    Raises UserError for data that are missing, broken or cannot be downloaded.
     """
     root = Path(dataroot).expanduser()
     if dataset in CIFAR_STATISTICS:
@@ -136,7 +136,7 @@ def _load_cifar(dataset: str, root: Path) -> DataSet:
 
 
 def _load_svhn(root: Path) -> DataSet:
-    """SVHN through torchvision: train and extra (604,388 pictures, 1.86 GB) to train; the paper's x / 255, no flip.
+    """SVHN through torchvision: 604,388 pictures (train and extra, 1.86 GB) to train; the paper's x / 255.
 
     While torchvision's arrays are put together, the pictures are in memory twice (3.7 GB).
     """
@@ -161,14 +161,14 @@ def _load_svhn(root: Path) -> DataSet:
 
 
 def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays (n, 3, 32, 32) as one (N, 32, 32, 3), C-contiguous, which np.concatenate alone would not make it."""
+    """Arrays (n, 3, 32, 32) as one (N, 32, 32, 3), C-contiguous, as np.concatenate alone would not make it."""
     images = np.empty((sum(map(len, arrays)), SIZE, SIZE, 3), np.uint8)
     return np.concatenate([array.transpose(0, 2, 3, 1) for array in arrays], out=images)
 
 
 @contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
-    """Waits until no other run reads or downloads here: two downloads at once would spoil each other's file."""
+    """Waits until no other run reads or downloads here: two downloads at once would spoil a file."""
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,9 @@ def _load_digits() -> DataSet:
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     mean, std = channel_statistics(images[train])
     classes = tuple(str(name) for name in digits.target_names)
-    return DataSet("digits", images[train], labels[train], images[test], labels[test], classes, mean, std, flip=False)
+    return DataSet(
+        "digits", images[train], labels[train], images[test], labels[test], classes, mean, std, flip=False
+    )
 
 
 def _load_folder(root: Path, name: str) -> DataSet:
@@ -229,7 +231,9 @@ def _load_folder(root: Path, name: str) -> DataSet:
     classes = _class_names(root / "train")
     if (found := _class_names(root / "test")) != classes:
         odd = ", ".join(sorted(set(classes) ^ set(found)))
-        raise UserError(f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}")
+        raise UserError(
+            f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}"
+        )
     parts = {part: _find_pictures(root / part, classes) for part in ("train", "test")}
     train_images, test_images = (_decode(paths) for paths, _ in parts.values())
     mean, std = channel_statistics(train_images)
@@ -260,7 +264,9 @@ def _visible(directory: Path) -> list[Path]:
 def _class_names(directory: Path) -> tuple[str, ...]:
     names = tuple(path.name for path in _visible(directory) if path.is_dir())
     if not names:
-        raise UserError(f"{directory} has no class folder: put each class's pictures into a sub-folder of its own")
+        raise UserError(
+            f"{directory} has no class folder: put each class's pictures into a sub-folder of its own"
+        )
     return names
 
 
@@ -317,15 +323,17 @@ def _read_picture(path: Path) -> np.ndarray:
 def hold_out(data: DataSet, count: int) -> DataSet:
     """The same data with `count` training pictures as the test part, to choose hyperparameters on.
 
-    They leave the training part; the real test part is not in the result. Each class gives its share, rounded up or
-    down; which pictures depends on nothing but the training labels and `count`. The mean and std stay those of
-    the whole training part.
+    They leave the training part; the real test part is not in the result. Each class gives its share, rounded
+    up or down; which pictures depends on nothing but the training labels and `count`. The mean and std stay
+    those of the whole training part.
 
-    Raises UserError where `count` is not in 1..N-1, or one of the parts would lack a class of the training set.
+    Raises UserError where `count` is not in 1..N-1, or where one of the parts would lack a class.
     """
     labels, total = data.train_labels, len(data.train_labels)
     if not 1 <= count < total:
-        raise UserError(f"--holdout {count} does not fit a training set of {total} pictures: choose 1 to {total - 1}")
+        raise UserError(
+            f"--holdout {count} does not fit a training set of {total} pictures: choose 1 to {total - 1}"
+        )
     shuffled = np.random.default_rng(0).permutation(total)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     held = np.zeros(total, bool)
@@ -353,11 +361,6 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.ravel().tolist()), tuple(value or 1.0 for value in std.ravel().tolist())
 
 
-def _check_pad(pad: int) -> None:
-    if not 0 <= pad < SIZE:
-        raise UserError(f"--randomcrop_pad is {pad}: reflection of {SIZE} pixels allows 0 (no crop) to {SIZE - 1}")
-
-
 class EpochPlan:
     """All that is random about an epoch, as a pure function of the arguments.
 
@@ -367,8 +370,13 @@ class EpochPlan:
     The epoch counts from 0. Raises UserError where no full batch exists or `pad` is not in 0..31.
     """
 
-    def __init__(self, n_images: int, batch_size: int, *, seed: int, epoch: int, pad: int = 4, flip: bool = True):
-        _check_pad(pad)
+    def __init__(
+        self, n_images: int, batch_size: int, *, seed: int, epoch: int, pad: int = 4, flip: bool = True
+    ):
+        if not 0 <= pad < SIZE:
+            raise UserError(
+                f"--randomcrop_pad {pad} does not fit images of {SIZE} pixels: choose 0 to {SIZE - 1}"
+            )
         if not 1 <= batch_size <= n_images:
             raise UserError(
                 f"--batchSize {batch_size} does not fit a training set of {n_images} pictures: "
@@ -393,11 +401,10 @@ class TrainBatches:
     """Augmented training batches: reflect-pad (edge not repeated), crop, flip, on uint8.
 
     The pictures are padded once, at the start: (N, 32 + 2 pad, 32 + 2 pad, 3) bytes, 240 MB for CIFAR with
-    pad 4. Raises UserError for a `pad` that is not in 0..31.
+    pad 4.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, pad: int):
-        _check_pad(pad)
         self.pad = pad
         self.labels = labels
         padded = images

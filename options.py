@@ -296,7 +296,7 @@ def add_optimization_flags(group) -> None:
     add_flag(group, "--bnDecay", "--bn_decay", dest="bn_decay", type=rate, help=bn_decay)
     add_flag(group, "--omega", type=rate, help="orthogonality regularizer on G(1,n)")
     add_flag(group, "--grad_clip", type=clip_threshold, help="norm clipping on G(1,n); 0 or none: off")
-    select = "weights on G(1,n): the paper's rule, or the scale-invariant"
+    select = "weights on G(1,n): by the authors' rule, or the scale-invariant"
     add_flag(group, "--select", choices=["shape", "measured"], help=select)
     add_flag(group, "--epochs", type=number(int, 1), help="epochs in all")
     drops = "finished epochs after which the learning rates drop, as '[60,120]'"

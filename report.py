@@ -202,7 +202,7 @@ class GrassmannProbe:
     rows.
 
     Sits on the optimizer's step hooks and measures the steps before which `active` is set. Sums stay on the
-    device. For SGD, which has nothing on G(1,n), it takes the directions of the layers that the paper's rule
+    device. For SGD, which has nothing on G(1,n), it takes the directions of the layers that the authors' rule
     would put there.
     """
 

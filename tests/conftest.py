@@ -15,7 +15,7 @@ def pictures_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(pictures_root):
-    """tiny(method, save, *more): the arguments of a run of a second: 2 epochs of 3 steps, the rates drop after one."""
+    """tiny(method, save, *more): the arguments of a short run: 2 epochs of 3 steps, the rates drop after one."""
 
     def arguments(method: str, save: Path, *more) -> list[str]:
         network = ["--depth", 10, "--width", 1, "--dropout", 0.3, "--optim_method", method]
@@ -28,7 +28,7 @@ def tiny(pictures_root):
 
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory) -> dict[str, tuple[Path, Outcome]]:
-    """For each method the directory and the outcome of an uninterrupted `tiny` run; tests change copies only."""
+    """For each method the directory and outcome of an uninterrupted `tiny` run; tests change copies only."""
     runs = {}
     for method in METHODS:
         save = tmp_path_factory.mktemp("finished") / method

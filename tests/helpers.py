@@ -1,9 +1,9 @@
-"""What tests share: main.py called in this process, its runs as files, small data sets in the real formats."""
+"""What tests share: main.py in this process, its runs as files, small data sets in the real formats."""
 
 import os
 
-# Before torch is imported, and for every subprocess: one thread computes the same bits on any machine, and tiny
-# networks gain nothing from more.
+# Before torch is imported, and for every subprocess: one thread computes the same bits on any machine, and
+# tiny networks gain nothing from more.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
@@ -71,7 +71,12 @@ def call(*argv) -> Outcome:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    hidden = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)  # as Python hides them
+    hidden = (
+        DeprecationWarning,
+        PendingDeprecationWarning,
+        ImportWarning,
+        ResourceWarning,
+    )  # as Python hides them
     shown = [f"{w.filename}: {w.message}\n" for w in caught if not issubclass(w.category, hidden)]
     return Outcome(code, out.getvalue(), err.getvalue() + "".join(shown))
 
@@ -85,7 +90,7 @@ def assert_one_sentence(outcome: Outcome, code: int, *patterns: str) -> None:
 
 
 def make_pictures(root: Path) -> Path:
-    """A `folder` data set: 48 noisy pictures to train and 18 to test, of 3 classes with a tinge of their own."""
+    """A `folder` data set: 48 noisy pictures to train, 18 to test, of 3 classes with a tinge of their own."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("test", 6)):
         for label in range(3):
@@ -126,7 +131,7 @@ def bits(value):
 
 
 def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
-    """Both runs ended with the same bits in every part of the checkpoint, options `but` aside, and the same log."""
+    """Both runs ended with the same bits in every part of the checkpoint and of the log, options `but` aside."""
     first, second = load(a), load(b)
     for state in (first, second):
         for name in but:
@@ -141,7 +146,7 @@ def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
 
 
 def write_archive(dataset, root, monkeypatch):
-    """Writes the archive of `dataset` with 4 random pictures per file; returns what it wrote, file by file."""
+    """Writes the archive of `dataset` with 4 random pictures a file; returns what it wrote, file by file."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset)
@@ -169,7 +174,7 @@ def write_archive(dataset, root, monkeypatch):
 
 
 def write_svhn(root, monkeypatch):
-    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns what it wrote."""
+    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns them."""
     from torchvision.datasets import SVHN
 
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The command line: the paper's six commands, every flag, what a run prints, and one sentence for every mistake."""
+"""The command line: the paper's six commands, every flag, what is printed, a sentence for every mistake."""
 
 import errno
 import json
@@ -16,7 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, STEPS, assert_one_sentence, call, contents, load, log_lines, write_archive, write_svhn
+from helpers import (
+    METHODS,
+    STEPS,
+    assert_one_sentence,
+    call,
+    contents,
+    load,
+    log_lines,
+    write_archive,
+    write_svhn,
+)
 
 import main
 import options
@@ -29,8 +39,8 @@ COMMANDS = """
 python main.py --save ./logs/resnet_$RANDOM$RANDOM --depth 28 --width 10
 python main.py --save ./logs/resnet_$RANDOM$RANDOM --depth 28 --width 10 --optim_method SGDG --lr 0.01 --lrg 0.2
 python main.py --save ./logs/resnet_$RANDOM$RANDOM --depth 28 --width 10 --optim_method AdamG --lr 0.01 --lrg 0.05
-"""
-# Section 5 of the paper: what is the same for all three methods, and what is not.
+"""  # noqa: E501
+# What is the same for all three methods, and what is not.
 COMMON = {
     "model": "resnet",
     "depth": 28,
@@ -60,7 +70,9 @@ def parse(*argv) -> dict:
 
 class TestOptions:
     @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100"])
-    @pytest.mark.parametrize(("method", "command"), list(zip(METHODS, COMMANDS.split("\n")[1:4], strict=True)))
+    @pytest.mark.parametrize(
+        ("method", "command"), list(zip(METHODS, COMMANDS.split("\n")[1:4], strict=True))
+    )
     def test_the_six_commands_are_the_papers_runs(self, method, command, dataset):
         words = shlex.split(command.replace("$RANDOM$RANDOM", "12345"))[2:]
         options = parse(*words, *(["--dataset", dataset] if dataset == "CIFAR100" else []))
@@ -76,13 +88,25 @@ class TestOptions:
         assert {name: options[name] for name in expected} == expected
 
     def test_what_is_given_wins(self):
-        flags = "--optim_method AdamG --lr 0.5 --lrg 0.25 --bnDecay 0.125 --dropout 0 --epochs 7 --epoch_step [2,5]"
-        options = parse(*flags.split(), "--lr_decay_ratio", 0.5, "--momentum", 0, "--weightDecay", 0, "--omega", 0)
-        expected = {"lr": 0.5, "lrg": 0.25, "bn_decay": 0.125, "dropout": 0.0, "epochs": 7, "epoch_step": [2, 5]}
+        flags = "--optim_method AdamG --lr 0.5 --lrg 0.25 --bnDecay 0.125 --dropout 0"
+        flags += " --epochs 7 --epoch_step [2,5]"
+        options = parse(
+            *flags.split(), "--lr_decay_ratio", 0.5, "--momentum", 0, "--weightDecay", 0, "--omega", 0
+        )
+        expected = {
+            "lr": 0.5,
+            "lrg": 0.25,
+            "bn_decay": 0.125,
+            "dropout": 0.0,
+            "epochs": 7,
+            "epoch_step": [2, 5],
+        }
         expected |= {"lr_decay_ratio": 0.5, "momentum": 0.0, "weight_decay": 0.0, "omega": 0.0}
         assert {name: options[name] for name in expected} == expected
 
-    @pytest.mark.parametrize(("camel", "snake"), [("batchSize", 7), ("weightDecay", 0.25), ("bnDecay", 0.125)])
+    @pytest.mark.parametrize(
+        ("camel", "snake"), [("batchSize", 7), ("weightDecay", 0.25), ("bnDecay", 0.125)]
+    )
     def test_camel_case_flags_have_a_snake_case_name(self, camel, snake):
         value, name = snake, re.sub("[A-Z]", lambda match: "_" + match[0].lower(), camel)
         assert parse(f"--{camel}", value)[name] == parse(f"--{name}", value)[name] == value
@@ -99,7 +123,16 @@ class TestOptions:
         assert parse("--dtype", "float")["dtype"] == "float32"
 
     def test_save_has_a_default_for_each_run(self):
-        argv = ["--dataset", "folder", "--dataset_name", "my pictures", "--optim_method", "SGDG", "--seed", "3"]
+        argv = [
+            "--dataset",
+            "folder",
+            "--dataset_name",
+            "my pictures",
+            "--optim_method",
+            "SGDG",
+            "--seed",
+            "3",
+        ]
         assert parse(*argv)["save"] == Path("logs/my-pictures/wrn-28-10/SGDG/seed3")
         assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
 
@@ -118,7 +151,9 @@ class TestOptions:
             (["--cuda", "--device", "cpu"], "--device"),
         ],
     )
-    def test_flags_of_the_authors_script_that_would_change_something_name_todays_way(self, flags, way, monkeypatch):
+    def test_flags_of_the_authors_script_that_would_change_something_name_todays_way(
+        self, flags, way, monkeypatch
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert_one_sentence(call(*flags), 2, re.escape(flags[0]), way)
 
@@ -131,7 +166,9 @@ class TestHelp:
         assert end.value.code == 0
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= 80
-        entries = {m[1]: " ".join(m[0].split()) for m in re.finditer(r"^  --(\w+)[^\n]*(\n {4,}[^\n]*)*", text, re.M)}
+        entries = {
+            m[1]: " ".join(m[0].split()) for m in re.finditer(r"^  --(\w+)[^\n]*(\n {4,}[^\n]*)*", text, re.M)
+        }
         flag_of = {"batch_size": "batchSize", "weight_decay": "weightDecay", "bn_decay": "bnDecay"}
         for name, value in options.DEFAULTS.items():
             if value is None or value is False:
@@ -150,7 +187,11 @@ class TestOutput:
     @pytest.mark.parametrize("method", METHODS)
     def test_the_start_names_each_parameter_with_shape_and_group(self, finished, method):
         out = finished[method][1].out
-        rows = {line.split()[0]: re.split(r" {2,}", line.strip())[1:] for line in out.splitlines() if line[:2] == "  "}
+        rows = {
+            line.split()[0]: re.split(r" {2,}", line.strip())[1:]
+            for line in out.splitlines()
+            if line[:2] == "  "
+        }
         totals = {}
         for name, p in WideResNet(10, 1, 3).named_parameters():
             undercomplete = p.ndim == 4 and p.shape[0] < p[0].numel()
@@ -171,7 +212,8 @@ class TestOutput:
             epochs = [line for line in outcome.out.splitlines() if line.startswith("epoch")]
             number = r"\d+\.\d+"
             for k, line in enumerate(epochs, 1):
-                pattern = rf"epoch +{k}/2  train loss {number} error +{number}%  test {number} +{number}%  \d+ img/s"
+                train, test = f"train loss {number} error +{number}%", f"test {number} +{number}%"
+                pattern = rf"epoch +{k}/2  {train}  {test}  \d+ img/s"
                 assert re.fullmatch(pattern, line), line
             assert len(epochs) == 2
             assert str(save) in outcome.out.splitlines()[-1]
@@ -197,13 +239,24 @@ class TestOutput:
         os.close(master)
         text = b"".join(shown).decode()
         bars = [bar for bar in re.split(r"[\r\n]+", text) if f"{STEPS}/{STEPS}" in bar]
-        assert any(re.search(r"epoch 1/1.*loss \d+\.\d+, error \d+\.\d+%, \d+ img/s", bar) for bar in bars), text
+        assert any(re.search(r"epoch 1/1.*loss \d+\.\d+, error \d+\.\d+%, \d+ img/s", bar) for bar in bars), (
+            text
+        )
 
     def test_the_program_itself_ends_with_the_exit_code(self, pictures_root, tmp_path):
         # The one real process for bad input: what C++ code prints would show here.
         root = shutil.copytree(pictures_root, tmp_path / "pictures")
         (root / "test" / "class1" / "05.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more")
-        command = [sys.executable, PROGRAM, "--dataset", "folder", "--dataroot", root, "--save", tmp_path / "run"]
+        command = [
+            sys.executable,
+            PROGRAM,
+            "--dataset",
+            "folder",
+            "--dataroot",
+            root,
+            "--save",
+            tmp_path / "run",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1
         assert re.fullmatch(r"main\.py: error: [^\n]*class1/05\.png[^\n]*\n", done.stderr)
@@ -244,7 +297,10 @@ BAD_VALUES = [
     ("--omega", ["-1", "nan", "inf"]),
     ("--grad_clip", ["-1", "nan", "inf", "off"]),
     ("--epochs", ["0", "-5", "2.5", "nan", "all"]),
-    ("--epoch_step", ["60", "60,120", "[60,", "[2,1]", "[1,1]", "[0,2]", "[1.5]", "['1']", "{}", "null", '["a"]']),
+    (
+        "--epoch_step",
+        ["60", "60,120", "[60,", "[2,1]", "[1,1]", "[0,2]", "[1.5]", "['1']", "{}", "null", '["a"]'],
+    ),
     ("--epoch_step", ["[true]", "[-1]", "[[1]]", "[NaN]", "[" * 100_000]),
     ("--lr_decay_ratio", ["0", "-0.2", "nan", "inf"]),
     ("--seed", ["-1", "x", "1.0", str(2**64)]),
@@ -395,7 +451,17 @@ class TestBadCheckpoint:
 
     @pytest.mark.parametrize(
         "part",
-        ["model", "optimizer", "schedule", "generators", "sums", "probe", "data_sha256", "environment", "history"],
+        [
+            "model",
+            "optimizer",
+            "schedule",
+            "generators",
+            "sums",
+            "probe",
+            "data_sha256",
+            "environment",
+            "history",
+        ],
     )
     def test_a_part_of_a_checkpoint_that_is_missing_or_no_good(self, finished, tmp_path, part):
         state = load(finished["SGDG"][0])
@@ -511,8 +577,12 @@ def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("nothing to do: the run has its 2 epochs")
     assert call("--save", save, "--resume", "auto") == outcome  # the rest is taken from the run
-    assert_one_sentence(call(*tiny("SGDG", save, "--epochs", 3, "--resume", "auto")), 2, "no checkpoint any more")
-    assert_one_sentence(call(*tiny("SGDG", save, "--lr", 0.3, "--resume", "auto")), 2, "--lr 0.3 differs from 0.01")
+    assert_one_sentence(
+        call(*tiny("SGDG", save, "--epochs", 3, "--resume", "auto")), 2, "no checkpoint any more"
+    )
+    assert_one_sentence(
+        call(*tiny("SGDG", save, "--lr", 0.3, "--resume", "auto")), 2, "--lr 0.3 differs from 0.01"
+    )
     assert contents(save) == before
     for content in ("{", "[1]", '{"options": null}', '{"options": [1]}'):
         (save / "config.json").write_text(content)
@@ -520,7 +590,7 @@ def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
 
 
 def test_the_error_is_the_last_line_where_all_goes_to_one_file(tmp_path):
-    """Python keeps what it prints to a file in a buffer; a sweep reports the file's last line as the cause."""
+    """Python buffers what it prints to a file; a sweep reports the file's last line as the cause."""
     words = ["--lrg", "0.1", "--dataset", "folder", "--dataroot", "nowhere", "--save", tmp_path / "run"]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, main.__file__, *words]
@@ -557,7 +627,9 @@ class TestSummary:
         assert not list(tmp_path.iterdir())
 
     def test_measured_weights_are_on_g_and_leave_the_generators_alone(self):
-        out = call("--summary", "--depth", 10, "--width", 10, "--optim_method", "SGDG", "--select", "measured").out
+        out = call(
+            "--summary", "--depth", 10, "--width", 10, "--optim_method", "SGDG", "--select", "measured"
+        ).out
         conv0 = re.findall(r"(\S*conv0)\.weight .* (on G\(1,n\).*)", out)
         overcomplete = ("group0.block0.conv0", "on G(1,n), overcomplete")
         others = [(name, "on G(1,n)") for name in ("conv0", "group1.block0.conv0", "group2.block0.conv0")]
@@ -570,7 +642,9 @@ class TestSummary:
         assert main.torch.equal(main.torch.get_rng_state(), state)
 
     def test_of_a_folder_has_its_classes(self, pictures_root):
-        out = call("--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", pictures_root).out
+        out = call(
+            "--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", pictures_root
+        ).out
         assert re.search(r"fc\.weight +3 x 64", out)
 
 
@@ -580,7 +654,8 @@ def test_what_has_no_effect_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "rates"), [("SGD", (0.01, None, 5e-4)), ("SGDG", (0.001, 0.02, 0)), ("AdamG", (0.001, 0.005, 0))]
+    ("method", "rates"),
+    [("SGD", (0.01, None, 5e-4)), ("SGDG", (0.001, 0.02, 0)), ("AdamG", (0.001, 0.005, 0))],
 )
 def test_svhn_and_vgg_take_the_papers_values(method, rates):
     chosen, _ = options.parse_options(["--model", "vgg19", "--dataset", "SVHN", "--optim_method", method])
@@ -603,7 +678,9 @@ class TestLock:
         before = contents(save)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
             assert holder.stdout.readline() == "1\n"
-            assert_one_sentence(call("--resume", save, "--epochs", 3), 1, f"process {holder.pid} on", "another --save")
+            assert_one_sentence(
+                call("--resume", save, "--epochs", 3), 1, f"process {holder.pid} on", "another --save"
+            )
             del before["lock"]
             assert {name: value for name, value in contents(save).items() if name != "lock"} == before
             assert call("--resume", save, "--eval").code == 0  # reads only
@@ -640,7 +717,18 @@ def test_one_epoch_on_an_archive_in_the_real_format(dataset, tmp_path, monkeypat
         write_svhn(tmp_path, monkeypatch)
     else:
         write_archive(dataset, tmp_path, monkeypatch)
-    flags = ["--dataroot", tmp_path, "--dataset", dataset, "--batchSize", 2, "--epochs", 1, "--epoch_step", "[]"]
+    flags = [
+        "--dataroot",
+        tmp_path,
+        "--dataset",
+        dataset,
+        "--batchSize",
+        2,
+        "--epochs",
+        1,
+        "--epoch_step",
+        "[]",
+    ]
     outcome = call("--depth", 10, "--width", 1, "--optim_method", "SGDG", *flags, "--save", tmp_path / "run")
     assert (outcome.code, outcome.err) == (0, "")
     (stats,) = log_lines(tmp_path / "run")
@@ -649,5 +737,7 @@ def test_one_epoch_on_an_archive_in_the_real_format(dataset, tmp_path, monkeypat
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     command = f"{shlex.quote(sys.executable)} main.py --summary --depth 10 --width 1 | head -n 1"
-    done = subprocess.run(["bash", "-c", command], cwd=Path(main.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=Path(main.__file__).parent, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -20,7 +20,7 @@ import main
 import utils
 
 TEST_BATCHES = 2  # of an evaluation of `tiny`
-# The loop asks whether to stop after each step, before the evaluation, after each of its batches and after the epoch.
+# The loop asks whether to stop after each step, before the evaluation, after each of its batches, at the end.
 CHECKS = STEPS + 1 + TEST_BATCHES + 1
 
 
@@ -213,7 +213,7 @@ class TestResume:
     def test_auto_without_a_checkpoint_starts_anew(self, tiny, finished, tmp_path):
         assert call(*tiny("SGD", tmp_path / "new", "--resume", "auto")).code == 0
         assert_same_run(tmp_path / "new", finished["SGD"][0])
-        # What a kill before the first checkpoint leaves: a configuration, a line of the first epoch, half a file.
+        # What a kill before the first checkpoint leaves: a configuration, the first epoch's line, half a file.
         save = tmp_path / "killed"
         save.mkdir()
         shutil.copy(finished["SGD"][0] / "config.json", save)
@@ -282,10 +282,14 @@ class TestResume:
         assert (outcome.code, outcome.err) == (0, "")
         assert "threads 2 then, 1 now" in outcome.out
 
-    def test_options_of_the_checkpoint_need_not_be_repeated_but_may(self, tiny, finished, tmp_path, monkeypatch):
+    def test_options_of_the_checkpoint_need_not_be_repeated_but_may(
+        self, tiny, finished, tmp_path, monkeypatch
+    ):
         save = tmp_path / "run"
         stopped_run(tiny, monkeypatch, "SGDG", save, 2)
-        assert_one_sentence(call(*tiny("SGDG", save, "--resume", "auto", "--seed", 5)), 2, "seed", r"\b5\b", r"\b0\b")
+        assert_one_sentence(
+            call(*tiny("SGDG", save, "--resume", "auto", "--seed", 5)), 2, "seed", r"\b5\b", r"\b0\b"
+        )
         assert call(*tiny("SGDG", save, "--resume", "auto")).code == 0
         assert_same_run(save, finished["SGDG"][0])
 
@@ -312,7 +316,7 @@ def start(argv) -> subprocess.Popen:
 
 
 class Killer:
-    """Starts a run again and again, each time killed by SIGKILL at a random moment, until it finishes by itself."""
+    """Starts a run again and again, killed by SIGKILL at random moments, until it finishes by itself."""
 
     def __init__(self, argv, save: Path, seed: int):
         self.argv, self.save, self.random = argv, save, random.Random(seed)
@@ -335,8 +339,10 @@ class Killer:
             self.hits.append(self.moment(stale))
 
     def wait(self, process: subprocess.Popen, stale: int | None) -> None:
-        """Until a random moment of the start, the first steps, the training, or the writing of a checkpoint."""
-        kind = self.random.choice(["start", "first steps", "training", "training", "checkpoint", "checkpoint"])
+        """Until a random moment of the start, the first steps, the training, or a checkpoint's writing."""
+        kind = self.random.choice(
+            ["start", "first steps", "training", "training", "checkpoint", "checkpoint"]
+        )
         if kind == "start":
             time.sleep(self.random.uniform(0, 3))
             return
@@ -348,7 +354,11 @@ class Killer:
                 break
         if kind == "checkpoint":
             deadline = time.monotonic() + 10
-            while self.half_written() in (None, stale) and process.poll() is None and time.monotonic() < deadline:
+            while (
+                self.half_written() in (None, stale)
+                and process.poll() is None
+                and time.monotonic() < deadline
+            ):
                 pass
             time.sleep(self.random.uniform(0, 0.004))
         else:
@@ -375,7 +385,7 @@ class TestSigkill:
     EPOCHS = 8
 
     def killed_runs(self, tiny, tmp_path, method, kills, seed):
-        """As many runs as it takes; each one must end as the uninterrupted one. Returns what the kills hit."""
+        """As many runs as it takes; each must end as the uninterrupted one. Returns what the kills hit."""
         flags = ["--epochs", self.EPOCHS, "--epoch_step", "[3,6]", "--resume", "auto"]
         reference = tmp_path / "reference"
         assert call(*tiny(method, reference, *flags)).code == 0

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, log.txt, TensorBoard, a checkpoint that is whole; and the probe's numbers."""
+"""What a run leaves: config.json, log.txt, TensorBoard, a checkpoint that is whole; the probe's numbers."""
 
 import hashlib
 import io
@@ -10,7 +10,17 @@ import time
 
 import pytest
 import torch
-from helpers import METHODS, STEPS, assert_one_sentence, assert_same_run, bits, call, contents, load, log_lines
+from helpers import (
+    METHODS,
+    STEPS,
+    assert_one_sentence,
+    assert_same_run,
+    bits,
+    call,
+    contents,
+    load,
+    log_lines,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -48,7 +58,9 @@ class TestConfig:
         assert config["float32_convolutions"] == "float32"
         assert config["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", config["git_commit"])
 
-    @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "float32"), ((8, 0), "TF32"), ((9, 0), "TF32")])
+    @pytest.mark.parametrize(
+        ("capability", "precision"), [((7, 5), "float32"), ((8, 0), "TF32"), ((9, 0), "TF32")]
+    )
     def test_says_whether_a_gpu_convolves_in_tf32(self, monkeypatch, capability, precision):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -103,7 +115,12 @@ class TestLog:
         save, outcome = finished["SGDG"]
         shown = re.findall(r"train loss ([\d.]+) error +([\d.]+)%  test ([\d.]+) +([\d.]+)%", outcome.out)
         for numbers, stats in zip(shown, log_lines(save), strict=True):
-            expected = stats["train_loss"], 100 - stats["train_acc"], stats["test_loss"], 100 - stats["test_acc"]
+            expected = (
+                stats["train_loss"],
+                100 - stats["train_acc"],
+                stats["test_loss"],
+                100 - stats["test_acc"],
+            )
             assert tuple(map(float, numbers)) == pytest.approx(expected, abs=0.0051)
 
 
@@ -278,7 +295,9 @@ class TestInterruptedWrite:
         utils.save_checkpoint(path, {"model": torch.zeros(1000)})
         assert torch.load(path, weights_only=True)["model"].sum() == 0
 
-    def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(self, tiny, finished, tmp_path, monkeypatch):
+    def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(
+        self, tiny, finished, tmp_path, monkeypatch
+    ):
         save = tmp_path / "run"
         kept, write = [], utils.save_checkpoint
 
@@ -334,7 +353,9 @@ class TestNotFinite:
         assert_one_sentence(outcome, 1, rf"epoch 2, step {step}\b", *rates)
         assert load(tmp_path / "run")["epoch"] == 1
 
-    def test_the_first_bad_step_is_named_although_the_losses_are_read_now_and_then(self, tiny, tmp_path, monkeypatch):
+    def test_the_first_bad_step_is_named_although_the_losses_are_read_now_and_then(
+        self, tiny, tmp_path, monkeypatch
+    ):
         # 24 steps, read after every third: those after step 4 are bad as well, the gradients having been.
         self.poison(monkeypatch, "mean", 4)
         outcome = call(*tiny("SGD", tmp_path / "run", "--batchSize", 2))
@@ -391,7 +412,9 @@ class TestProbe:
         layer = nn.Conv2d(1, len(weight), weight.shape[1:], bias=False)
         layer.weight.data = weight.clone()[:, None]
         layer.weight.grad = grad.clone()[:, None]
-        groups = [{"params": [layer.weight], "grassmann": True, "omega": omega, "grad_clip": grad_clip, "lr": lr}]
+        groups = [
+            {"params": [layer.weight], "grassmann": True, "omega": omega, "grad_clip": grad_clip, "lr": lr}
+        ]
         optimizer = SGDG(groups)
         probe = report.GrassmannProbe(nn.Sequential(layer), optimizer, torch.device("cpu"))
         probe.active = True
@@ -412,7 +435,9 @@ class TestProbe:
         probe.active = True
         optimizer.step()
         means, layers = probe.read()
-        assert torch.linalg.vector_norm(layer.weight.flatten(1), dim=1).min() > 2  # nothing was set to unit norm
+        assert (
+            torch.linalg.vector_norm(layer.weight.flatten(1), dim=1).min() > 2
+        )  # nothing was set to unit norm
         assert means["angle_degrees"] == pytest.approx(math.degrees(math.atan(0.1 * 3 / 2)), rel=1e-4)
         assert (means["clipped_share"], means["row_cosine"]) == (0, pytest.approx(0, abs=1e-6))
         assert {tag.split("/")[1] for tag in layers} == {"0"}
@@ -428,7 +453,9 @@ class TestProbe:
 
     def test_a_step_below_the_threshold_moves_by_the_rate_times_the_gradient(self):
         y, tangent = self.orthonormal()
-        length = torch.tensor([0.02, 0.04, 0.06, 0.08, 0.2, 0.4]).view(-1, 1, 1)  # the last two are clipped to 0.1
+        length = torch.tensor([0.02, 0.04, 0.06, 0.08, 0.2, 0.4]).view(
+            -1, 1, 1
+        )  # the last two are clipped to 0.1
         means, _ = self.probe(y, length * tangent + 3 * y, lr=0.5)[0].read()
         assert means["angle_degrees"] == pytest.approx(math.degrees(0.5 * (0.2 + 0.2) / 6), rel=1e-4)
         assert means["clipped_share"] == pytest.approx(2 / 6)
