@@ -161,7 +161,7 @@ def _load_svhn(root: Path) -> DataSet:
 
 
 def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
-    """Arrays (n, 3, 32, 32) as one (N, 32, 32, 3), C-contiguous, as np.concatenate alone would not make it."""
+    """Arrays (n, 3, 32, 32) as one (N, 32, 32, 3), C-contiguous, which np.concatenate alone is not."""
     images = np.empty((sum(map(len, arrays)), SIZE, SIZE, 3), np.uint8)
     return np.concatenate([array.transpose(0, 2, 3, 1) for array in arrays], out=images)
 

@@ -15,7 +15,7 @@ def pictures_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(pictures_root):
-    """tiny(method, save, *more): the arguments of a short run: 2 epochs of 3 steps, the rates drop after one."""
+    """tiny(method, save, *more): arguments of a short run: 2 epochs of 3 steps, the rates drop after one."""
 
     def arguments(method: str, save: Path, *more) -> list[str]:
         network = ["--depth", 10, "--width", 1, "--dropout", 0.3, "--optim_method", method]

@@ -131,7 +131,7 @@ def bits(value):
 
 
 def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
-    """Both runs ended with the same bits in every part of the checkpoint and of the log, options `but` aside."""
+    """Both runs ended with the same bits in every part of checkpoint and log, options `but` aside."""
     first, second = load(a), load(b)
     for state in (first, second):
         for name in but:

@@ -213,7 +213,7 @@ class TestResume:
     def test_auto_without_a_checkpoint_starts_anew(self, tiny, finished, tmp_path):
         assert call(*tiny("SGD", tmp_path / "new", "--resume", "auto")).code == 0
         assert_same_run(tmp_path / "new", finished["SGD"][0])
-        # What a kill before the first checkpoint leaves: a configuration, the first epoch's line, half a file.
+        # What a kill before the first checkpoint leaves: a configuration, an epoch's line, half a file.
         save = tmp_path / "killed"
         save.mkdir()
         shutil.copy(finished["SGD"][0] / "config.json", save)
