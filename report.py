@@ -73,7 +73,7 @@ def print_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             line += f"{norms.min():7.3g} {norms.max():7.3g} {cosines.max():5.3f}"
         else:
             line += " " * 21
-        print(f"{line} {group_of[p].partition(',')[0]}")
+        print(f"{line} {group_of[p].partition(', ')[0]}")
 
 
 def print_epoch(options: Options, stats: dict) -> None:
