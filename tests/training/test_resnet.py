@@ -48,7 +48,7 @@ def test_shapes_strides_and_memory_format():
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_computes_what_the_paper_describes(training):
-    """Layer by layer with functions: WRN-16-2, two blocks in each group, the dropout's zeros from the same seed."""
+    """Layer by layer with functions: WRN-16-2, two blocks a group, the dropout's zeros from the same seed."""
     torch.manual_seed(0)
     model = WideResNet(16, 2, 10, dropout=0.3).double().train(training)
     for bn in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):

@@ -1,4 +1,4 @@
-"""The VGGs are the paper's: names, shapes, what they compute, batch normalization without a scale, dropout."""
+"""The VGGs are the paper's: names, shapes, what they compute, BN without a scale, first weights, dropout."""
 
 import copy
 
@@ -96,7 +96,7 @@ PAPERS_LAYERS = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_computes_what_the_paper_describes(depth, training):
-    """Layer by layer with functions, from the list above: zero padding, BN with a shift only, ReLU, max pool."""
+    """Layer by layer with functions, from the list above: zero padding, BN with a shift, ReLU, max pool."""
     torch.manual_seed(depth)
     model = VGG(depth, 10).double().train(training)
     for bn in norms(model):
