@@ -1,4 +1,4 @@
-"""Every faster path is the update rule: blocks on the CPU, the Triton kernel by its interpreter, compiled steps."""
+"""Every faster path is the update rule: in blocks, the Triton kernel by its interpreter, compiled steps."""
 
 import math
 
@@ -13,9 +13,7 @@ import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, unit
 from resnet import WideResNet
 
-DEVICE = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # the kernel's; on the CPU by Triton's interpreter (conftest.py)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel's: on the CPU in Triton's interpreter
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 DECAY, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
@@ -53,9 +51,9 @@ def rate_of(lr, step, adam):
 
 
 def assert_same(got, expected, dtype):
-    """float64: each row to 1e-12 of its norm. float32: y to 1e-6, and to 4e-6 the momentum, whose part along h carries
-    the projection's cancellation (|g| is up to 9 |h| here) undamped, and v, a square of it. Where momentum and gradient
-    nearly cancel, what counts is their size of 0.01.
+    """float64: each row to 1e-12 of its norm. float32: y to 1e-6, and to 4e-6 the momentum, whose part along
+    h carries the projection's cancellation (|g| is up to 9 |h| here) undamped, and v, a square of it. Where
+    momentum and gradient nearly cancel, what counts is their size of 0.01.
     """
     for a, b, single in zip(got, expected, (1e-6, 4e-6, 4e-6), strict=True):
         if a is not None:
@@ -81,9 +79,8 @@ def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, n, exponent, se
 
 @pytest.mark.parametrize("adam", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("block", [512, 64])
-def test_the_triton_kernel_is_the_rule(adam, clip, block):
-    """Three layers in one launch, some rows longer than a block."""
+def test_the_triton_kernel_is_the_rule(adam, clip):
+    """Three layers in one launch."""
     shapes = [(3, 27), (5, 144), (2, 300)]
     layers = [random_layer(*shape, adam, torch.float32, seed=i) for i, shape in enumerate(shapes)]
     layers = [tuple(t if t is None else t.to(DEVICE) for t in layer) for layer in layers]
@@ -92,7 +89,7 @@ def test_the_triton_kernel_is_the_rule(adam, clip, block):
     rates = torch.tensor([rate_of(lr, 3, adam) for lr in lrs], device=DEVICE)
     options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
     table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
-    go._advance_all(layers, rates, *table, block=block, **options)
+    go._advance_all(layers, rates, *table, **options)
     for (y, _, m, v), right in zip(layers, expected, strict=True):
         assert_same((y, m, v), right, torch.float32)
 
@@ -107,14 +104,13 @@ def edges(dtype, device):
     return y, g
 
 
-@pytest.mark.parametrize("block", [64, 16])
-def test_edges_in_the_triton_kernel(block):
+def test_edges_in_the_triton_kernel():
     y, g = edges(torch.float32, DEVICE)
     m = torch.zeros_like(y)
     layers = [(y, g, m, None)]
     table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
     rates = torch.tensor([0.5], device=DEVICE)
-    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1, block=block)
+    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1)
     check_edges(y.cpu(), m.cpu())
 
 
@@ -218,15 +214,17 @@ def test_compiled_training_steps_are_the_eager_ones(Optimizer, omega):
 @BOTH
 @pytest.mark.parametrize("omega", [0.0, 0.1])
 def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monkeypatch):
-    """Weight, state, table and kernel together, for weights stored in different ways and a learning rate per group."""
+    """Weight, state, table and kernel together, for weights stored in different ways and two groups."""
 
     def train(kernel):
         torch.manual_seed(0)
         shapes = [(4, 3, 3, 3), (8, 4, 3, 3), (4, 27)]  # the last as many rows and columns as the first
         params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         params[1].data = params[1].data.to(memory_format=torch.channels_last)
-        params.append(nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2]))  # not dense: worked on as a copy
-        monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+        params.append(
+            nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2])
+        )  # not dense: worked on as a copy
+        monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
         groups = [{"params": params[:3], "lr": 0.2}, {"params": params[3:], "lr": 0.1}]
         optimizer = Optimizer(groups, momentum=0.9, grassmann=True, omega=omega, grad_clip=0.1)
         for _ in range(3):
@@ -239,11 +237,33 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
         torch.testing.assert_close(by_kernel, in_blocks, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_too_long_for_the_kernel_and_other_types_go_in_blocks(monkeypatch):
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE)
+    monkeypatch.setattr(go, "_LONGEST_ROW", 64)
+    by_kernel = []
+    suits = go._suits_kernel
+    monkeypatch.setattr(go, "_suits_kernel", lambda p: suits(p) and (by_kernel.append(p.shape) or True))
+    layers = [random_layer(3, n, False, torch.float32, seed=n) for n in (65, 64, 27)]
+    params = [nn.Parameter(y.clone().to(DEVICE)) for y, *_ in layers]
+    params.append(nn.Parameter(torch.eye(2, 9, dtype=torch.float64, device=DEVICE)))
+    for p, layer in zip(params, layers, strict=False):
+        p.grad = layer[1].to(DEVICE)
+    params[3].grad = torch.ones_like(params[3])
+    optimizer = SGDG(params, lr=0.2, momentum=DECAY, grassmann=True, grad_clip=0.1)
+    optimizer.step()
+    assert by_kernel == [(3, 64), (3, 27)]
+    for p, (y, g, m, _) in zip(params, layers, strict=False):
+        expected = by_rule(y, g, torch.zeros_like(m), None, 0.2, 1, 0.1)
+        assert_same(
+            (p.detach().cpu(), optimizer.state[p]["momentum_buffer"].cpu(), None), expected, torch.float32
+        )
+
+
 @BOTH
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
 def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kernel, ratio, monkeypatch):
-    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
     torch.manual_seed(0)
     p = nn.Parameter(unit(torch.randn(5, 60, device=DEVICE))[0])
     optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1)
@@ -258,7 +278,7 @@ def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kerne
 @pytest.mark.parametrize("omega", [0.0, 0.1])
 @pytest.mark.parametrize("length", [1e-25, 1e-19, 1e19, 1e25])
 def test_rows_of_any_length_are_normalized_by_the_first_step(Optimizer, kernel, omega, length, monkeypatch):
-    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
     torch.manual_seed(0)
     y = unit(torch.randn(5, 60, device=DEVICE))[0]
     gradient = torch.randn_like(y)

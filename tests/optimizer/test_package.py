@@ -29,7 +29,9 @@ def test_the_wheel_holds_just_the_module(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if ".dist-info/" not in name]
-        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+        metadata = archive.read(
+            next(name for name in archive.namelist() if name.endswith("METADATA"))
+        ).decode()
     assert modules == ["grassmann_optimizer.py"]
     assert [line for line in metadata.splitlines() if line.startswith("Requires-Dist")] == [
         "Requires-Dist: torch>=2.11"
