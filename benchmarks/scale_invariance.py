@@ -1,9 +1,9 @@
 """Which weights of three known networks are scale-invariant, by `grassmann_optimizer.scale_invariance`.
 
-    python benchmarks/scale_invariance.py [--json FILE]
+    python benchmarks/scale_invariance.py [--networks VGG-13 ...] [--json FILE]
 
-WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random pictures:
-one forward and backward pass each, in float32 on the CPU.
+WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random
+pictures: one forward and backward pass each, in float32 on the CPU.
 """
 
 import argparse
@@ -21,20 +21,24 @@ from grassmann_optimizer import scale_invariance
 from resnet import WideResNet
 from vgg import VGG
 
+NETWORKS = {  # and the pictures: how many, and their size
+    "WRN-28-10": (lambda: WideResNet(28, 10, 10, dropout=0.3), 4, 32),
+    "VGG-13": (lambda: VGG(13, 10), 8, 32),
+    "ResNet-18 (torchvision)": (lambda: torchvision.models.resnet18(num_classes=10), 16, 64),
+}
 
-def main() -> None:
+
+def main(argv: list[str] | None = None) -> None:
     """Measure and print one line per weight."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    networks = {  # and the pictures: how many, and their size
-        "WRN-28-10": (WideResNet(28, 10, 10, dropout=0.3), 4, 32),
-        "VGG-13": (VGG(13, 10), 8, 32),
-        "ResNet-18 (torchvision)": (torchvision.models.resnet18(num_classes=10), 16, 64),
-    }
     figures = {}
-    for name, (model, count, size) in networks.items():
+    for name in args.networks:
+        make_model, count, size = NETWORKS[name]
+        model = make_model()
         images, labels = torch.randn(count, 3, size, size), torch.randint(10, (count,))
         measured = scale_invariance(model, lambda net, x=images, t=labels: cross_entropy(net(x), t))
         print(f"{name}: {sum(m.invariant for m in measured)} of {len(measured)} weights are scale-invariant")
