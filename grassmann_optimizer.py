@@ -14,8 +14,7 @@ Letters, as in the paper, all row by row:
     nu   norm clipping's threshold (`grad_clip`)   omega  strength of the orthogonality regularizer
 
 In this order: 1. operators, 2. update rules, 3. optimizers, 4. a model's parameters. A reader of the paper
-may stop before 5, which computes the rules of 2 faster. The file needs nothing but torch and can be copied
-into any project.
+may stop before 5, the rules of 2 made fast. This file needs torch alone and can be copied into any project.
 """
 
 import difflib
@@ -789,15 +788,13 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
 
 # In one Triton kernel.
 _LONGEST_ROW = 8192  # elements that a program of the kernel holds in registers; longer rows go in blocks
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch where there is a GPU
-_KERNEL_DEVICE = "cuda" if _HAS_TRITON else None
+_KERNEL_DEVICE = "cuda" if importlib.util.find_spec("triton") else None  # torch brings it for a GPU
 
 
 def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None):
-    """`_advance` for all rows of all layers in one launch of a Triton kernel: each element is read and
-    written once.
+    """`_advance` for all rows of all layers in one launch of a Triton kernel, which reads each element once.
 
-    layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW. rates: (layers,) float32 on the device.
+    layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW; rates: (layers,) float32 on the device;
     table, layer_of_row: from `_host_table`.
     """
     longest = max(y.shape[1] for y, *_ in layers)
@@ -844,7 +841,7 @@ class _AddressTables:
         return self._last[group, device][1]
 
 
-if _HAS_TRITON:
+if _KERNEL_DEVICE:
     import triton
     import triton.language as tl
 

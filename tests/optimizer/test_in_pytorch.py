@@ -212,28 +212,17 @@ def test_a_checkpoint_continues_bit_for_bit(Optimizer):
 @BOTH
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_state_stays_float32_when_a_checkpoint_changes_the_parameters_type(Optimizer, narrow):
-    for source, target in ((torch.float32, narrow), (narrow, torch.float32), (narrow, narrow)):
+    pairs = [(torch.float32, narrow), (narrow, torch.float32), (narrow, narrow), (torch.float64, narrow)]
+    for source, target in pairs:
         first, second = (Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (source, target))
         train(first, range(3))
         second.load_state_dict(through_a_file(first.state_dict()))
-        for p, q in zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
-            assert set(second.state[q]) == set(first.state[p])
-            for key, value in second.state[q].items():
+        for a, b in zip(first.state.values(), second.state.values(), strict=True):
+            assert set(b) == set(a)
+            for key, value in b.items():
                 assert value.dtype == torch.float32
-                assert torch.equal(value, first.state[p][key])
+                assert torch.equal(value, a[key].float())
         train(second, [3])
-
-
-@BOTH
-def test_a_double_precision_checkpoint_is_rounded_to_float32_state(Optimizer):
-    first, second = (
-        Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (torch.float64, torch.bfloat16)
-    )
-    train(first, range(3))
-    assert all(s["momentum_buffer"].dtype == torch.float64 for s in first.state.values())
-    second.load_state_dict(first.state_dict())
-    for a, b in zip(first.state.values(), second.state.values(), strict=True):
-        assert torch.equal(b["momentum_buffer"], a["momentum_buffer"].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -553,22 +542,6 @@ def test_gradient_scaling_takes_the_same_steps_and_skips_infinite_gradients(Opti
     scaler.update()
     assert_same(optimizer, twin)
     assert scaler.get_scale() == 2.0**9
-
-
-@BOTH
-def test_clipping_the_gradients_norm_scales_them_all(Optimizer):
-    params, twins = make_params(torch.float64), make_params(torch.float64)
-    optimizers = [Optimizer([{**g, "grad_clip": None} for g in make_groups(ps)]) for ps in (params, twins)]
-    for seed in range(3):
-        for ps in (params, twins):
-            give_gradients(ps, seed)
-        norm = nn.utils.clip_grad_norm_(params, 0.5)
-        assert norm > 0.5
-        for p in twins:
-            p.grad.mul_(0.5 / (norm + 1e-6))
-        for optimizer in optimizers:
-            optimizer.step()
-    assert_close(everything(optimizers[0]), everything(optimizers[1]), rtol=1e-12, atol=0)
 
 
 # -------------------------------------------------------------------------------------------- schedulers
