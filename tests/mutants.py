@@ -1,0 +1,318 @@
+"""Small deliberate faults, each of which a test must notice: what the tests promise is held to by trying.
+
+    python tests/mutants.py [NUMBER or part of the text ...]        JOBS=2: how many at once
+
+Each fault is put into a copy of the files, and the tests named beside it must fail there. One line each;
+the exit code is 1 if one survives. An import that fails is no catch: only a test's own failure counts.
+"""
+
+# ruff: noqa: E501
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 600  # seconds for the tests of a fault; a run that takes longer has not noticed it
+LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
+
+FILES = {  # test files by the words that begin a selection; behind it stands an expression as of pytest's -k
+    "paper": "tests/test_paper.py",
+    "operators": "tests/optimizer/test_operators.py",
+    "optimizer": "tests/optimizer/test_grassmann_optimizer.py",
+    "pytorch": "tests/optimizer/test_in_pytorch.py",
+    "fast": "tests/optimizer/test_fast_paths.py",
+    "invariance": "tests/optimizer/test_scale_invariance.py",
+    "data": "tests/training/test_data.py",
+    "flags": "tests/training/test_command_line.py",
+    "run": "tests/training/test_run_directory.py",
+    "resume": "tests/training/test_resume.py",
+    "authors": "tests/training/test_authors_runs.py",
+    "resnet": "tests/training/test_resnet.py",
+    "vgg": "tests/training/test_vgg.py",
+    "tables": "tests/scripts/test_summarize.py",
+    "figures": "tests/scripts/test_figures.py",
+    "sweeps": "tests/scripts/test_sweeps.py",
+}
+WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
+
+# fmt: off
+FAULTS = {  # file: (text, which stands there once; its replacement; tests that could notice)
+    "main.py": [
+        ('{"SGDG": SGDG, "AdamG": AdamG}', '{"SGDG": AdamG, "AdamG": SGDG}', WRN),
+        ("momentum=momentum, nesterov=momentum > 0", "momentum=0, nesterov=False", WRN),
+        ("momentum=momentum, nesterov=momentum > 0", "momentum=momentum", WRN),
+        ("        omega=options.omega,\n", "", WRN),
+        ("        momentum=options.momentum,\n", "", WRN),
+        ("        bn_decay=options.bn_decay,\n", "", WRN),
+        ("        weight_decay=options.weight_decay,\n", "", WRN),
+        ("        grad_clip=options.grad_clip,\n", "", WRN),
+        ('"weight_decay": options.bn_decay', '"weight_decay": options.weight_decay', WRN),
+        ("options.width, classes, options.dropout", "options.width, classes", WRN),
+        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper a_run_of_a_vgg"),
+        ("select=options.select,", 'select="shape",', "flags measured"),
+        ("(x.float() - self.mean) / self.std", "x.float() / self.std", WRN),
+        ("permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", WRN),
+        ("epoch=self.epoch, pad", "epoch=0, pad", WRN),
+        ("seed=options.seed, epoch", "seed=0, epoch", WRN),
+        ("torch.manual_seed(options.seed)", "torch.manual_seed(0)", WRN),
+        ("self.scaler.scale(loss)", "self.scaler.scale(1.5 * loss)", WRN),
+        ("return loss.detach(), ", "return 1.5 * loss.detach(), ", WRN),
+        ('"train_loss": loss / t.batch', '"train_loss": loss / images', WRN),
+        ("self.optimizer.zero_grad(set_to_none=True)", "pass", WRN),
+        ("        self.scaler.update()\n", "        self.scaler.update()\n        self.schedule.step()\n", WRN),
+        ("self.optimizer, drops, gamma=ratio", "self.optimizer, drops, gamma=0.2", WRN),
+        ("t.model.eval()", "t.model.train()", WRN),
+        ("        with t.autocast():\n            logits = t.forward(x)", "        logits = t.forward(x)", "run precision"),
+        ("logits.argmax(1) != labels).sum().double()])\n        self.bad", "logits.argmax(1) == labels).sum().double()])\n        self.bad", WRN),
+        ("return loss / n, 100 * wrong / n", "return loss / len(t.data.train_labels), 100 * wrong / n", WRN),
+        ("(self.bad_step == 0) & ~loss.isfinite()", "~loss.isfinite()", "run first_bad_step"),
+        ("if not torch.stack([p.isfinite().all() ", "if not torch.stack([p.isfinite().any() ", "run TestNotFinite and weight"),
+        ("    if not math.isfinite(result[0]):", "    if False:", "run TestNotFinite and test_loss"),
+        ('self.sums.copy_(state["sums"])', "pass", "resume stopped_run_ends"),
+        ('utils.set_generator_states(state["generators"], self.device)', "pass", "resume stopped_run_ends"),
+        ('PARTS = ("model", "optimizer", "schedule", "scaler", "probe")', 'PARTS = ("model", "optimizer", "schedule", "scaler")', "resume stopped_run_ends"),
+        ('if state["data_sha256"] != self.data.sha256:', "if False:", "flags other_pictures"),
+        ("and not stop.by_signal:", "and not stop:", "resume gets_on"),
+        ("return stop.exit_code", "return 1", "resume signal or max_minutes"),
+        ("PROCESS_START + 60 * options.max_minutes", "PROCESS_START + options.max_minutes", "resume from_the_start"),
+        ("os.utime(options.save / CHECKPOINT)", "pass", "resume finished_run_says_so"),
+        ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
+        ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
+        ("    board.add(stats, layers)\n", "", "run TestTensorBoard"),
+        ("progress.show(mean_loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
+    ],
+    "options.py": [
+        ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
+        ('"grad_clip": 0.1,', '"grad_clip": 1.0,', STARTED),
+        ('"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4}', '"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 0.0}', STARTED),
+        ('[60, 120], "lr_decay_ratio": 0.1', '[60, 120], "lr_decay_ratio": 0.2', STARTED),
+        ('"CIFAR100": "CIFAR"', '"CIFAR100": "SVHN"', STARTED),
+        ('protocol["dropout"].get(model, 0.0)', 'protocol["dropout"]["resnet"]', "paper dropout_of_vgg"),
+        ('MAY_CHANGE = {"epochs", ', 'MAY_CHANGE = {"epochs", "seed", ', "flags option_that_differs"),
+        ('MAY_CHANGE = {"epochs", "nthread"', 'MAY_CHANGE = {"epochs"', "resume threads_that_prepare"),
+        ("return {**stored, **given}", "return {**fill_in({}), **given}", "resume stopped_run_ends"),
+        ("claimed = writes and own and", "claimed = False and", "flags lock_comes_before"),
+        ('("lrg", "omega", "grad_clip", "select") if', '("omega", "grad_clip", "select") if', "flags no_effect"),
+        ('unused += ("depth", "width") if', 'unused += ("depth",) if', "flags width_has_no_effect"),
+        ("number(float, 0)(text) or None", "number(float, 0)(text)", "flags switched_off"),
+        ("epochs != sorted(set(epochs))", "epochs != sorted(epochs)", "flags not_accepted"),
+        ("or (value == low and not exclusive)", "or value == low", "flags not_accepted"),
+        ("allow_abbrev=False", "allow_abbrev=True", "flags do_not_fit"),
+        ('"half": "float16"', '"half": "bfloat16"', "authors half"),
+        ("if done > options.epochs:", "if False:", "flags fewer_epochs"),
+        (').strip("-") or "folder"', ') or "folder"', "flags save_has_a_default"),
+        ('(name == "auto" and torch.cuda.is_available())', "False", "flags auto_takes_a_gpu"),
+        ("model_name(named), named.optim_method", "model_name(named)", "flags save_has_a_default"),
+    ],
+    "report.py": [
+        ('"loss/train": stats["train_loss"],', '"loss/train": stats["test_loss"],', "run TestTensorBoard"),
+        ('add_scalar(tag, value, stats["epoch"])', 'add_scalar(tag, value, stats["epoch"] - 1)', "run TestTensorBoard"),
+        ("finished + 1 if finished else 0", "finished if finished else 0", "resume each_epoch_once"),
+        (".asin()).rad2deg().mean()", ".asin()).mean()", "run TestProbe"),
+        ('"omega"] * orthogonality_gradient(y)', '"omega"] * 0', "run TestProbe"),
+        ("(gram.sum() - gram.trace())", "gram.sum()", "run TestProbe"),
+        ('[1] > group["grad_clip"])', '[1] >= 0)', "run TestProbe"),
+        ("        self.sums.zero_()\n", "", "run TestProbe"),
+        ("total[1] += p.numel()", "total[1] = p.numel()", "flags start_names"),
+        ("get_total_flops() // 2", "get_total_flops()", "flags TestSummary"),
+        ("cosines.max()", "cosines.mean()", "authors summary"),
+        ("topk(5)", "topk(4)", "run top5"),
+        ("test {stats['test_loss']:.4f}", "test {stats['train_loss']:.4f}", "run the_line_on_the_terminal"),
+        ("mine = wrong[labels == index]", "mine = wrong[labels != index]", "run eval_prints or each_class"),
+        ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
+    ],
+    "utils.py": [
+        ('open(temporary, "wb")', 'open(path, "wb")', "run TestInterruptedWrite"),
+        ("            os.fsync(file.fileno())\n        os.replace", "            pass\n        os.replace", "run TestInterruptedWrite"),
+        ("os.fsync(directory)", "pass", "run TestInterruptedWrite"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "flags second_writer"),
+        ('lines = "".join(map(_log_line, history))', 'lines = ""', "resume more_epochs"),
+        ('open(self.path, "a")', 'open(self.path, "w")', "run TestLog"),
+        ('torch.set_rng_state(states["cpu"])', "pass", "resume stopped_run_ends"),
+        ("2 if isinstance(error, UsageError) else 1", "1", "flags do_not_fit"),
+        ("return 128 + self.signal if", "return self.signal if", "resume signal"),
+        ("signal.signal(number, signal.SIG_DFL)", "pass", "resume asked_twice"),
+        ("if there and not own and is_ours(save, there):", "if False:", "flags not_overwritten or into_another_run"),
+        ("if there and not (is_ours(save, there) and", "if False and (", "authors never_written or left_alone"),
+        ("or logged <= 1)", "or logged >= 0)", "flags log_without_a_checkpoint"),
+        ("weights_only=True", "weights_only=False", "flags run_code"),
+        (">= (8, 0)", ">= (7, 0)", "run tf32"),
+        ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeatable"),
+        ("else f\"{name}.weight\" for name", "else name for name", "authors evaluated"),
+        ("if old != now[key]]", "if False]", "resume another_number_of_threads"),
+    ],
+    "data.py": [
+        ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "data TestSvhn"),
+        ("classes, mean, std, flip=False", "classes, mean, std, flip=True", "data TestDigits"),
+        ("(125.3, 123.0, 113.9)", "(123.0, 125.3, 113.9)", STARTED),
+        ("random_state=0", "random_state=1", "data TestDigits"),
+        ("cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR", "cv2.INTER_LINEAR", "data averaged"),
+        ("fcntl.flock(file, fcntl.LOCK_EX)", "fcntl.flock(file, fcntl.LOCK_SH)", "data download_is_alone"),
+        ("socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)", "pass", "data download_is_alone"),
+        ("offsets[:, 0], offsets[:, 1]]", "offsets[:, 0], offsets[:, 0]]", "data naive_reference"),
+        ("generator.integers(0, 2 * pad + 1, (*shape, 2))", "generator.integers(0, 2 * pad + 1, (*shape, 1)).repeat(2, 2)", "data cover_their_range"),
+        ("cv2.BORDER_REFLECT_101", "cv2.BORDER_REFLECT", "data edge"),
+        ("cv2.flip(images[index], 1,", "cv2.flip(images[index], 0,", "data naive_reference"),
+        ("cv2.cvtColor(image, cv2.COLOR_BGR2RGB)", "image", "data as_rgb"),
+        ("SeedSequence(seed, spawn_key=(epoch,))", "SeedSequence(seed + epoch)", "data another_seed_or_epoch"),
+        ("range(0, len(labels), batch_size)", "range(0, len(labels) - batch_size + 1, batch_size)", "data eval_batches"),
+        ('[parts["train"], parts["extra"]]', '[parts["train"]]', "data TestSvhn"),
+        ("test_images=data.train_images[held]", "test_images=data.test_images", "data TestHoldOut"),
+        ("np.random.default_rng(0).permutation(total)", "np.random.default_rng(1).permutation(total)", "data TestHoldOut"),
+        ("== 2 * nthread:", "== 20 * nthread:", "data looks_ahead"),
+        ("range(start, len(plan))", "range(0, len(plan))", "data whatever_the_threads"),
+        ('{array.dtype.str} {array.shape}\\n', "", "data sha256"),
+    ],
+    "resnet.py": [
+        ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet shapes"),
+        ("nn.Conv2d(in_width, width, 1, stride, bias=False)", "nn.Conv2d(in_width, width, 1, stride)", GROUPS),
+        ("z = relu(self.bn1(self.conv0(o)), inplace=True)", "z = self.bn1(self.conv0(o))", "resnet computes"),
+        ("self.convdim(o))", "self.convdim(x))", "resnet computes"),
+        ("self.dropout, self.training)", "self.dropout, True)", "resnet computes"),
+        ('mode="fan_in"', 'mode="fan_out"', "resnet he_normal"),
+        ("return self.fc(x.mean((2, 3)))", "return self.fc(x.amax((2, 3)))", "resnet computes"),
+    ],
+    "vgg.py": [
+        ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", "vgg computes"),
+        ("16: (2, 2, 3, 3, 3)", "16: (2, 2, 3, 3, 2)", GROUPS),
+        ("torch.ones_like(bn.weight", "2 * torch.ones_like(bn.weight", "vgg computes"),
+        ("del bn.weight", "return bn", "vgg no_scale"),
+        ("nn.ReLU(inplace=True)", "nn.Identity()", "vgg computes"),
+        ("nn.Dropout(dropout)", "nn.Dropout2d(dropout)", "vgg behind_the_pools"),
+        ("relu(self.bn1(self.fc1(x)), inplace=True)", "self.bn1(self.fc1(x))", "vgg computes"),
+    ],
+    "scripts/summarize.py": [
+        ('"test_error": median(errors) if', '"test_error": sum(errors) / len(errors) if', "tables median"),
+        ('return 100 - self.epochs[-1]["test_acc"]', 'return 100 - max(epoch["test_acc"] for epoch in self.epochs)', "tables median"),
+        ('(run.options["epochs"], run.options["epoch_step"]) == (paper.epochs, paper.epoch_step)', 'run.options["epochs"] == paper.epochs', "tables where_it_may"),
+        ("paper if paper and paper.images ==", "paper if paper or paper.images ==", "tables where_it_may"),
+        ("lowest = min(medians)", "lowest = max(medians)", "tables side_by_side"),
+        ("value == lowest and len(cell.runs) > 1]", "value == lowest]", "tables single_run"),
+        ("median(errors) - paper if", "paper - median(errors) if", "tables where_it_may"),
+        ('>= self.options["epochs"]', ">= 1", "tables unfinished"),
+        ('NO_RESULT = ("seed", ', 'NO_RESULT = ("seed", "dropout", ', "tables never_in_one_cell"),
+        ('"batch_size")\nCELL', '"momentum")\nCELL', "tables shared_options or all_runs_share or sections"),
+        ('split("\\n")[:-1]', 'split("\\n")', "tables being_written"),
+        ('("float32" if on_cpu else "TF32")', '"float32"', "tables tf32"),
+        ('"vgg-19": (27.62, 25.79, 25.59)', '"vgg-19": (27.62, 25.59, 25.79)', "paper tables"),
+        ("median(median(of_run) for of_run in speeds)", "max(max(of_run) for of_run in speeds)", "tables median"),
+    ],
+    "scripts/figures.py": [
+        ("steps[drop - 1]", "steps[drop]", "figures and_their_median"),
+        ("return [median(values) for", "return [max(values) for", "figures and_their_median"),
+        ("seconds / 60 for", "seconds for", "figures and_their_median"),
+        ("if epoch <= last]", "]", "figures stand_behind_ours"),
+        ('panel.set_yscale("log")', 'panel.set_yscale("linear")', "figures and_their_median"),
+        ("[len(run.epochs) // 5 :]", "", "figures limits"),
+        ('{1 + sum(other', '{0 + sum(other', "tables grid_of_rates"),
+    ],
+}
+# fmt: on
+HANGS = ()  # texts of faults that make a run wait for ever
+
+
+class Mutant(NamedTuple):
+    """One fault of the table."""
+
+    number: int
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+    def __str__(self) -> str:
+        words = " ".join(f"{self.text} -> {self.replacement}".split())
+        return f"{self.number:3} {self.file.removeprefix('scripts/'):24.24} {words}"
+
+    def mutated(self) -> str:
+        """The file with the fault; ValueError if the text does not stand there once."""
+        source = (ROOT / self.file).read_text()
+        if (count := source.count(self.text)) != 1:
+            raise ValueError(f"mutants.py: {self.text!r} stands {count} times in {self.file}, not once")
+        return source.replace(self.text, self.replacement)
+
+
+def copy_tree(target: Path) -> Path:
+    """A copy of the files that git knows or would not ignore."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, text=True).splitlines():
+        if not name.startswith(LINKED) and (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    for name in LINKED:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).symlink_to(ROOT / name)
+    return target
+
+
+def run_tests(tree: Path, selections: set[str]) -> tuple[int | None, str]:
+    """pytest's exit code (None: it took too long), and what it printed."""
+    split = [selection.partition(" ") for selection in selections]
+    files = sorted({FILES[name] for name, _, _ in split})
+    expression = " or ".join(f"({words})" for _, _, words in split)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not long"]
+    # Without bytecode: two versions of a file may have the same size and second.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *files, "-k", expression], cwd=tree, env=environment, capture_output=True, text=True,
+            timeout=LIMIT if len(selections) == 1 else None,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def try_out(mutant: Mutant, trees: SimpleQueue) -> bool:
+    """Whether the tests notice the fault, in one of the copies."""
+    tree, started = trees.get(), time.monotonic()
+    path = tree / mutant.file
+    try:
+        path.write_text(mutant.mutated())
+        code, output = run_tests(tree, {mutant.tests})
+    finally:
+        shutil.copy2(ROOT / mutant.file, path)
+        trees.put(tree)
+    caught = code == 1 or (code is None and mutant.text in HANGS)
+    verdict = "caught" if caught else "SURVIVED" if code == 0 else f"pytest: {code}"
+    print(f"{verdict:9}{time.monotonic() - started:4.0f}s {mutant}"[:80], flush=True)
+    if not caught and code != 0:
+        print(output[-2000:])
+    return caught
+
+
+def main(words: list[str]) -> int:
+    """Try the faults that the words name, or all; the exit code."""
+    rows = [(file, *row) for file, rows in FAULTS.items() for row in rows]
+    mutants = [Mutant(number, *row) for number, row in enumerate(rows, 1)]
+    for mutant in mutants:
+        mutant.mutated()
+    if words:
+        mutants = [
+            m
+            for m in mutants
+            if any(w == str(m.number) or (not w.isdigit() and w in f"{m.file} {m.text}") for w in words)
+        ]
+    jobs = int(os.environ.get("JOBS", 2))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for job in range(jobs):
+            trees.put(copy_tree(Path(folder, str(job))))
+        code, output = run_tests(Path(folder, "0"), {mutant.tests for mutant in mutants})
+        if code != 0:
+            print(output[-3000:], "mutants.py: these tests must pass without a fault", sep="\n")
+            return 1
+        caught = list(pool.map(lambda mutant: try_out(mutant, trees), mutants))
+    print(f"{caught.count(True)} of {len(mutants)} faults are caught")
+    return 0 if mutants and all(caught) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
