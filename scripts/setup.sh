@@ -1,5 +1,16 @@
-# Sourced by the other scripts, from the repository's root: finds or makes the virtual environment.
-# Afterwards $python is its interpreter, and `install_requirements FILE` installs what FILE lists.
+# Sourced by the other scripts, from the repository's root: answers --help, and finds or makes the virtual environment.
+# Afterwards $python is its interpreter, and `install_requirements FILE` installs what FILE lists. All that they say goes
+# to standard error: standard output is for what the script is called for.
+
+for argument in "$@"; do # the arguments of the script that sources this
+    case $argument in
+    --) break ;; # what follows is for others
+    -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
+        exit
+        ;;
+    esac
+done
 
 fail() {
     echo "$1" >&2
@@ -22,7 +33,7 @@ make_venv() {
     fi
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$base cannot make virtual environments: install its venv package (Debian and Ubuntu: sudo apt install python3-venv) and run this command again."
-    echo "Making the virtual environment .venv ..."
+    echo "Making the virtual environment .venv ..." >&2
     # --clear: what an interrupted earlier attempt left behind has no pip and cannot be mended.
     "$base" -m venv --clear .venv ||
         fail "The virtual environment .venv could not be made: see the message above."
@@ -47,8 +58,8 @@ install_requirements() {
     hash=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1")
     if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then return; fi
     rm -f "$stamp" # a failed installation leaves neither the old state nor the new one
-    echo "Installing $1 ..."
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$1" ||
+    echo "Installing $1 ..." >&2
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$1" >&2 ||
         fail "Installing $1 failed: see pip's message above, check the network, and run this command again."
     echo "$hash" >"$stamp"
 }

@@ -14,10 +14,8 @@
 #     EPOCHS    the learning rates drop after 30, 60 and 80% of them: 200
 #     JOBS      runs at once, by turns on the GPUs, or sharing the CPU's cores: one for each GPU, or 1
 set -euo pipefail
-table=table1
-models="vgg-13 vgg-19 wrn-28-10 wrn-40-10"
-datasets="CIFAR10 CIFAR100"
-epochs=200
-drops=(300 600 800) # thousandths of the epochs
-source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
-sweep "$@"
+script=$(realpath "$0")
+cd "$(dirname "$script")/.."
+source scripts/setup.sh
+install_requirements requirements.txt
+exec "$python" scripts/sweep.py "$script" "vgg-13 vgg-19 wrn-28-10 wrn-40-10" "CIFAR10 CIFAR100" 200 "0.3 0.6 0.8" "$@"

@@ -14,10 +14,8 @@
 #     EPOCHS    the learning rates drop after 37.5 and 75% of them: 160
 #     JOBS      runs at once, by turns on the GPUs, or sharing the CPU's cores: one for each GPU, or 1
 set -euo pipefail
-table=table2
-models="vgg-13 vgg-19 wrn-16-4 wrn-22-8"
-datasets="SVHN"
-epochs=160
-drops=(375 750) # thousandths of the epochs
-source "$(dirname "${BASH_SOURCE[0]}")/sweep.sh"
-sweep "$@"
+script=$(realpath "$0")
+cd "$(dirname "$script")/.."
+source scripts/setup.sh
+install_requirements requirements.txt
+exec "$python" scripts/sweep.py "$script" "vgg-13 vgg-19 wrn-16-4 wrn-22-8" "SVHN" 160 "0.375 0.75" "$@"

@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
 # Everything that must pass before a change goes in; at most 10 minutes on 2 cores once everything is installed.
 #
-#     bash scripts/test.sh [--all] [arguments for pytest]        --all: also the tests that take minutes
+#     bash scripts/test.sh [--all] [arguments for pytest]        --all: also the tests that take minutes,
+#                                                              and the deliberate faults that tests must notice
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-tests="not long"
+source scripts/setup.sh
+
+all=no
 for argument in "$@"; do # takes --all out of the arguments and keeps the rest in order
     shift
-    if [ "$argument" = --all ]; then tests="long or not long"; else set -- "$@" "$argument"; fi
+    if [ "$argument" = --all ]; then all=yes; else set -- "$@" "$argument"; fi
 done
-
-source scripts/setup.sh
 install_requirements requirements.txt
 install_requirements requirements-test.txt
 
 "$python" -m ruff check
 "$python" -m ruff format --check
-"$python" -m pytest -m "$tests" "$@"
+if [ "$all" = yes ]; then
+    "$python" -m pytest -m "long or not long" "$@"
+    "$python" tests/mutants.py
+else
+    "$python" -m pytest -m "not long" "$@"
+fi
 bash scripts/smoke_all.sh
