@@ -1,26 +1,29 @@
 """Small deliberate faults, each of which a test must notice: what the tests promise is held to by trying.
 
-    python tests/mutants.py [NUMBER or part of the text ...]        JOBS=2: how many at once
+    python tests/mutants.py [NUMBER or part of its line ...]        JOBS=2: how many at once
 
 Each fault is put into a copy of the files, and the tests named beside it must fail there. One line each;
 the exit code is 1 if one survives. An import that fails is no catch: only a test's own failure counts.
 """
 
 # ruff: noqa: E501
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 600  # seconds for the tests of a fault; a run that takes longer has not noticed it
+LIMIT = 300  # seconds for a test; where it takes longer, a fault counts as caught only if it is one of HANGS
 LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
+# What takes seconds to import: here once, and every run of pytest is a fork of this process.
+SLOW_IMPORTS = ("torch", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets", "sklearn.datasets",
+                "sklearn.model_selection", "scipy.io", "cv2", "pytest")  # fmt: skip
 
 FILES = {  # test files by the words that begin a selection; behind it stands an expression as of pytest's -k
     "paper": "tests/test_paper.py",
@@ -55,7 +58,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        grad_clip=options.grad_clip,\n", "", WRN),
         ('"weight_decay": options.bn_decay', '"weight_decay": options.weight_decay', WRN),
         ("options.width, classes, options.dropout", "options.width, classes", WRN),
-        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper a_run_of_a_vgg"),
+        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper plain_loop[SGD]"),
         ("select=options.select,", 'select="shape",', "flags measured"),
         ("(x.float() - self.mean) / self.std", "x.float() / self.std", WRN),
         ("permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", WRN),
@@ -98,9 +101,9 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('MAY_CHANGE = {"epochs", ', 'MAY_CHANGE = {"epochs", "seed", ', "flags option_that_differs"),
         ('MAY_CHANGE = {"epochs", "nthread"', 'MAY_CHANGE = {"epochs"', "resume threads_that_prepare"),
         ("return {**stored, **given}", "return {**fill_in({}), **given}", "resume stopped_run_ends"),
-        ("claimed = writes and own and", "claimed = False and", "flags lock_comes_before"),
+        ("claimed = writes and own and", "claimed = False and", "flags before_the_checkpoint"),
         ('("lrg", "omega", "grad_clip", "select") if', '("omega", "grad_clip", "select") if', "flags no_effect"),
-        ('unused += ("depth", "width") if', 'unused += ("depth",) if', "flags width_has_no_effect"),
+        ('unused += ("depth", "width") if', 'unused += ("depth",) if', "flags no_effect"),
         ("number(float, 0)(text) or None", "number(float, 0)(text)", "flags switched_off"),
         ("epochs != sorted(set(epochs))", "epochs != sorted(epochs)", "flags not_accepted"),
         ("or (value == low and not exclusive)", "or value == low", "flags not_accepted"),
@@ -125,7 +128,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("cosines.max()", "cosines.mean()", "authors summary"),
         ("topk(5)", "topk(4)", "run top5"),
         ("test {stats['test_loss']:.4f}", "test {stats['train_loss']:.4f}", "run the_line_on_the_terminal"),
-        ("mine = wrong[labels == index]", "mine = wrong[labels != index]", "run eval_prints or each_class"),
+        ("mine = wrong[labels == index]", "mine = wrong[labels != index]", "run top5"),
         ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
     ],
     "utils.py": [
@@ -144,7 +147,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("or logged <= 1)", "or logged >= 0)", "flags log_without_a_checkpoint"),
         ("weights_only=True", "weights_only=False", "flags run_code"),
         (">= (8, 0)", ">= (7, 0)", "run tf32"),
-        ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeatable"),
+        ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeats"),
         ("else f\"{name}.weight\" for name", "else name for name", "authors evaluated"),
         ("if old != now[key]]", "if False]", "resume another_number_of_threads"),
     ],
@@ -210,16 +213,35 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("seconds / 60 for", "seconds for", "figures and_their_median"),
         ("if epoch <= last]", "]", "figures stand_behind_ours"),
         ('panel.set_yscale("log")', 'panel.set_yscale("linear")', "figures and_their_median"),
-        ("[len(run.epochs) // 5 :]", "", "figures limits"),
+        ("[len(run.epochs) // 5 :]", "", "figures fifth"),
         ('{1 + sum(other', '{0 + sum(other', "tables grid_of_rates"),
+    ],
+    "scripts/sweep.py": [
+        ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),
+        ("return logged == epochs and not older", "return logged == epochs", "sweeps finished_is"),
+        ("checkpoint.stat().st_mtime_ns < log", "checkpoint.stat().st_mtime_ns <= log", "sweeps finished_is"),
+        ('re.sub("(^|,)-.*", "", named)', "named", "sweeps gpus_by_turns"),
+        ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
+        ("// jobs))", "))", "sweeps gpus_by_turns"),
+        ("float(share) + 0.5)", "float(share))", "sweeps drops_at"),
+        ("product(seeds, datasets, models, methods)", "product(datasets, models, methods, seeds)", "sweeps all_cells and table2"),
+        ("start_new_session=True", "start_new_session=False", "sweeps asks_each_run_once"),
+        ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGTERM", "sweeps second_signal"),
+        ("if answered == 0 or number != signal.SIGHUP:", "if True:", "sweeps lost_terminal"),
+        ("and queue and not signals:", "and queue:", "sweeps asks_each_run_once"),
+        ("failures.append(", "print(", "sweeps failure_is_reported"),
+        ("return 128 + signals[0] if signals else", "return", "sweeps asks_each_run_once"),
+        ("failures, signals = run_all(cells, last, not flags, slots)", "failures, signals = run_all(cells, last, True, slots)", "sweeps judges_finished"),
+        ("|seed|epochs|", "|seed|", "sweeps mistake"),
+        ("(int(depth) < 10 or int(depth) % 6 != 4)", "int(depth) % 6 != 4", "sweeps mistake"),
     ],
 }
 # fmt: on
-HANGS = ()  # texts of faults that make a run wait for ever
+HANGS = ()  # texts of faults that make a test wait for ever
 
 
-class Mutant(NamedTuple):
-    """One fault of the table."""
+class Fault(NamedTuple):
+    """A row of the table; without a file the tests run as they are."""
 
     number: int
     file: str
@@ -229,90 +251,85 @@ class Mutant(NamedTuple):
 
     def __str__(self) -> str:
         words = " ".join(f"{self.text} -> {self.replacement}".split())
-        return f"{self.number:3} {self.file.removeprefix('scripts/'):24.24} {words}"
+        return f"{self.number:3} {self.file.removeprefix('scripts/')}: {words}"
 
-    def mutated(self) -> str:
-        """The file with the fault; ValueError if the text does not stand there once."""
+    def source(self) -> str:
+        """The file with the fault; SystemExit where the text does not stand there once."""
         source = (ROOT / self.file).read_text()
         if (count := source.count(self.text)) != 1:
-            raise ValueError(f"mutants.py: {self.text!r} stands {count} times in {self.file}, not once")
+            sys.exit(f"fault {self.number}: {self.text!r} stands {count} times in {self.file}, not once")
         return source.replace(self.text, self.replacement)
 
 
-def copy_tree(target: Path) -> Path:
-    """A copy of the files that git knows or would not ignore."""
+def copy_files(tree: Path) -> None:
+    """Copy the files that git knows or would not ignore."""
     listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.check_output(listed, text=True).splitlines():
         if not name.startswith(LINKED) and (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
     for name in LINKED:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).symlink_to(ROOT / name)
-    return target
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).symlink_to(ROOT / name)
 
 
-def run_tests(tree: Path, selections: set[str]) -> tuple[int | None, str]:
-    """pytest's exit code (None: it took too long), and what it printed."""
-    split = [selection.partition(" ") for selection in selections]
-    files = sorted({FILES[name] for name, _, _ in split})
-    expression = " or ".join(f"({words})" for _, _, words in split)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not long"]
-    # Without bytecode: two versions of a file may have the same size and second.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            [*command, *files, "-k", expression], cwd=tree, env=environment, capture_output=True, text=True,
-            timeout=LIMIT if len(selections) == 1 else None,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout + done.stderr
+def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
+    """pytest's exit code for a copy with the fault, its seconds, and what it printed. In a process of its own."""
+    started = time.monotonic()
+    selections = [selection.partition(" ") for selection in fault.tests.split("; ")]
+    files = sorted({FILES[name] for name, _, _ in selections})
+    expression = " or ".join(f"({words})" for _, _, words in selections)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy_files(Path(folder))
+        if fault.file:
+            Path(folder, fault.file).write_text(fault.source())
+        with Path(folder, "output.txt").open("w+b") as output:
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            os.chdir(folder)
+            words = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={LIMIT}", "-m", "not long"]
+            code = int(import_module("pytest").main([*words, *files, "-k", expression]))
+            sys.stdout.flush()
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        os.chdir(ROOT)
+    return fault, code, time.monotonic() - started, text
 
 
-def try_out(mutant: Mutant, trees: SimpleQueue) -> bool:
-    """Whether the tests notice the fault, in one of the copies."""
-    tree, started = trees.get(), time.monotonic()
-    path = tree / mutant.file
-    try:
-        path.write_text(mutant.mutated())
-        code, output = run_tests(tree, {mutant.tests})
-    finally:
-        shutil.copy2(ROOT / mutant.file, path)
-        trees.put(tree)
-    caught = code == 1 or (code is None and mutant.text in HANGS)
-    verdict = "caught" if caught else "SURVIVED" if code == 0 else f"pytest: {code}"
-    print(f"{verdict:9}{time.monotonic() - started:4.0f}s {mutant}"[:80], flush=True)
-    if not caught and code != 0:
-        print(output[-2000:])
-    return caught
+def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
+    """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
+    hung = "Timeout (>" in text and fault.text not in HANGS
+    verdict = "hung" if hung else {0: "SURVIVED", 1: "caught"}.get(code, f"pytest: {code}")
+    print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
+    if code > 1:
+        print(text[-2000:])
+    return verdict == "caught"
 
 
 def main(words: list[str]) -> int:
     """Try the faults that the words name, or all; the exit code."""
     rows = [(file, *row) for file, rows in FAULTS.items() for row in rows]
-    mutants = [Mutant(number, *row) for number, row in enumerate(rows, 1)]
-    for mutant in mutants:
-        mutant.mutated()
+    faults = [Fault(number, *row) for number, row in enumerate(rows, 1)]
+    for fault in faults:
+        fault.source()
     if words:
-        mutants = [
-            m
-            for m in mutants
-            if any(w == str(m.number) or (not w.isdigit() and w in f"{m.file} {m.text}") for w in words)
-        ]
+        named = [w for w in words if not w.isdigit()]
+        faults = [f for f in faults if str(f.number) in words or any(w in str(f) for w in named)]
+    for name in SLOW_IMPORTS:
+        import_module(name)
     jobs = int(os.environ.get("JOBS", 2))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for job in range(jobs):
-            trees.put(copy_tree(Path(folder, str(job))))
-        code, output = run_tests(Path(folder, "0"), {mutant.tests for mutant in mutants})
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        every = "; ".join({fault.tests for fault in faults})
+        _, code, _, text = pool.apply(run_tests, [Fault(0, "", "", "", every)])
         if code != 0:
-            print(output[-3000:], "mutants.py: these tests must pass without a fault", sep="\n")
+            print(text[-3000:], "these tests must pass without a fault", sep="\n")
             return 1
-        caught = list(pool.map(lambda mutant: try_out(mutant, trees), mutants))
-    print(f"{caught.count(True)} of {len(mutants)} faults are caught")
-    return 0 if mutants and all(caught) else 1
+        caught = [is_caught(*result) for result in pool.imap(run_tests, faults)]
+    print(f"{sum(caught)} of {len(faults)} faults are caught")
+    return 0 if faults and all(caught) else 1
 
 
 if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
     sys.exit(main(sys.argv[1:]))
