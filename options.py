@@ -382,8 +382,7 @@ def parse_options(
 
 
 def find_places(call: dict, fresh: dict) -> tuple[Path, Path | None, bool]:
-    """The run's directory; the checkpoint that --resume names, if any; whether that is the directory's
-    own."""
+    """The run's directory; the checkpoint that --resume names, if any; whether it is the directory's own."""
     save = call["save"] and Path(call["save"])
     if call["resume"] is None:
         return save or default_save(fresh), None, False

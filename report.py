@@ -73,7 +73,7 @@ def print_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             line += f"{norms.min():7.3g} {norms.max():7.3g} {cosines.max():5.3f}"
         else:
             line += " " * 21
-        print(f"{line} {group_of[p].partition(',')[0]}")
+        print(f"{line} {group_of[p].partition(', ')[0]}")
 
 
 def print_epoch(options: Options, stats: dict) -> None:
@@ -181,13 +181,19 @@ class Board:
 
     def add_result(self, options: Options, stats: dict) -> None:
         """The options and what came of them, for TensorBoard's table of runs."""
+        from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
         metrics = {"hparam/test_error": 100 - stats["test_acc"], "hparam/train_loss": stats["train_loss"]}
         hparams = {}
         for name, value in options.of_run().items():
             if name == "epochs" or name not in MAY_CHANGE:
                 plain = "none" if value is None else value
                 hparams[name] = str(plain) if isinstance(plain, list) else plain
-        self.writer.add_hparams(hparams, metrics, run_name=".", global_step=stats["epoch"])
+        # Not by add_hparams: it writes a second file, which may be read before the first and so be purged.
+        for summary in hparams_summaries(hparams, metrics):
+            self.writer.file_writer.add_summary(summary, stats["epoch"])
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, stats["epoch"])
 
     def close(self) -> None:
         """Flush and close the file."""

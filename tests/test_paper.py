@@ -358,7 +358,7 @@ def assert_run_is_plain_loop(s, save, data_flags, *data):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """27 pictures to train, 18 to test: noise with a mean and deviation for each channel; also as files."""
+    """27 pictures to train, 18 to test: noise, each channel at a level of its own. As files and as arrays."""
     root, rng, parts = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
     for part, count in (("train", 9), ("test", 6)):
         labels = np.repeat(np.arange(3), count)

@@ -603,7 +603,7 @@ def test_the_error_is_the_last_line_where_all_goes_to_one_file(tmp_path):
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, main.__file__, *words]
     with (tmp_path / "output.txt").open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=clean, timeout=120)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=clean)
     assert done.returncode == 1
     note, error = (tmp_path / "output.txt").read_text().splitlines()
     assert note.startswith("note: --lrg has no effect")
@@ -681,10 +681,11 @@ def test_vgg_needs_a_batch_to_normalize_over():
 class TestLock:
     def test_a_second_writer_is_refused_while_the_first_lives(self, finished, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
-        lock = "f = utils.lock_directory(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
-        command = [sys.executable, "-c", f"import sys, time, utils, pathlib; {lock}", str(save)]
+        lock = "f = utils.lock_directory(pathlib.Path(sys.argv[1])); print(1, flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", f"import sys, utils, pathlib; {lock}", str(save)]
         before = contents(save)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as holder:
             assert holder.stdout.readline() == "1\n"
             assert_one_sentence(
                 call("--resume", save, "--epochs", 3), 1, f"process {holder.pid} on", "another --save"

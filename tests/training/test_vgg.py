@@ -1,4 +1,4 @@
-"""The VGGs are the paper's: names, shapes, what they compute, normalization without a scale, dropout."""
+"""The VGGs are the paper's: names, shapes, what they compute, BN without a scale, first weights, dropout."""
 
 import copy
 
