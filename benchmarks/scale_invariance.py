@@ -1,6 +1,6 @@
 """Which weights of three known networks are scale-invariant, by `grassmann_optimizer.scale_invariance`.
 
-    python benchmarks/scale_invariance.py [--json FILE]
+    python benchmarks/scale_invariance.py [--depth 28] [--width 10] [--json FILE]
 
 WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random pictures:
 one forward and backward pass each, in float32 on the CPU.
@@ -25,11 +25,13 @@ from vgg import VGG
 def main() -> None:
     """Measure and print one line per weight."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--depth", type=int, default=28, help="of the Wide ResNet")
+    parser.add_argument("--width", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     torch.manual_seed(0)
     networks = {  # and the pictures: how many, and their size
-        "WRN-28-10": (WideResNet(28, 10, 10, dropout=0.3), 4, 32),
+        f"WRN-{args.depth}-{args.width}": (WideResNet(args.depth, args.width, 10, dropout=0.3), 4, 32),
         "VGG-13": (VGG(13, 10), 8, 32),
         "ResNet-18 (torchvision)": (torchvision.models.resnet18(num_classes=10), 16, 64),
     }

@@ -1,8 +1,8 @@
 """The table scripts: which runs they start, that they skip, continue and report, and stop when asked.
 
-A sweep runs here in a copy of the scripts beside a stand-in for main.py that "trains" in no time: it appends a
-line to log.txt for each epoch, as the real one does. One test runs the real one, on a small archive of CIFAR-10.
-Nothing here has a deadline: what never comes is ended by pytest's time-out.
+A sweep runs here in a copy of the scripts beside a stand-in for main.py that "trains" in no time: it appends
+a line to log.txt for each epoch, as the real one does. One test runs the real one, on a small archive of
+CIFAR-10. Nothing here has a deadline: what never comes is ended by pytest's time-out.
 """
 
 import os
@@ -30,6 +30,7 @@ SMALL = {"MODELS": "wrn-10-1 vgg-11", "METHODS": "SGDG AdamG", "SEEDS": "0", "EP
 
 STAND_IN = """
 import os, signal, sys, time
+from pathlib import Path
 
 def main(argv):
     flags = dict(zip(argv, argv[1:]))
@@ -130,7 +131,7 @@ def parsed(line):
 
 
 def calls(root):
-    """What the stand-in was called with, in order: directory, finished epochs, GPU, threads, last argument."""
+    """What the stand-in was called with: directory, finished epochs, GPU, threads, last argument."""
     path = root / "calls.txt"
     rows = [line.split(" ") for line in path.read_text().splitlines()] if path.exists() else []
     return [SimpleNamespace(save=r[0], done=int(r[1]), gpu=r[2], threads=r[3], last=r[4]) for r in rows]
@@ -169,15 +170,7 @@ def test_narrowed(tree):
 
 @pytest.mark.parametrize(
     ("epochs", "cifar", "svhn"),
-    [
-        (1, [], []),
-        (2, [1], [1]),
-        (3, [1, 2], [1, 2]),
-        (4, [1, 2, 3], [2, 3]),
-        (5, [2, 3, 4], [2, 4]),
-        (10, [3, 6, 8], [4, 8]),
-        (200, [60, 120, 160], [75, 150]),
-    ],
+    [(1, [], []), (2, [1], [1]), (4, [1, 2, 3], [2, 3]), (5, [2, 3, 4], [2, 4]), (10, [3, 6, 8], [4, 8])],
 )
 def test_drops_at_the_protocols_fractions(tree, epochs, cifar, svhn):
     for table, expected in (("table1", cifar), ("table2", svhn)):
@@ -269,9 +262,8 @@ def test_finished_runs_are_skipped_and_interrupted_ones_continued(tree):
     assert len(calls(tree)) == 8
     assert set(epochs_of(tree).values()) == {2}
 
-    directory = tree / calls(tree)[3].save
-    text = (directory / "log.txt").read_text()
-    (directory / "log.txt").write_text(text.splitlines(keepends=True)[0])
+    log = tree / calls(tree)[3].save / "log.txt"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
     assert sweep(tree, "table1", **SMALL).returncode == 0
     assert [(c.save, c.done) for c in calls(tree)[8:]] == [(calls(tree)[3].save, 1)]
     assert set(epochs_of(tree).values()) == {2}
@@ -312,15 +304,12 @@ def test_flags_after_two_dashes_reach_main_which_then_judges_finished_runs_too(t
     assert {call.last for call in calls(tree)} == {"it's/a&b"}
 
 
-def test_printed_lines_run_in_parallel_and_again(tree):
+def test_printed_lines_run_in_parallel(tree):
     lines = "".join(f"{line}\n" for line in printed(tree, "table1", **SMALL))
-    for count in (8, 16):
-        command = ["xargs", "-P", "2", "-d", "\n", "-I", "{}", "bash", "-c", "{}"]
-        subprocess.run(command, input=lines, text=True, cwd="/", check=True)
-        assert len(calls(tree)) == count
-        assert set(epochs_of(tree).values()) == {2}
-    assert "8 of 8 runs are finished" in sweep(tree, "table1", **SMALL).stdout
-    assert len(calls(tree)) == 16
+    command = ["xargs", "-P", "2", "-d", "\n", "-I", "{}", "bash", "-c", "{}"]
+    subprocess.run(command, input=lines, text=True, cwd="/", check=True)
+    assert "8 of 8 runs are finished; " in sweep(tree, "table1", **SMALL).stdout
+    assert len(calls(tree)) == 8
 
 
 @pytest.mark.parametrize(
