@@ -81,9 +81,8 @@ def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, n, exponent, se
 
 @pytest.mark.parametrize("adam", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("block", [512, 64])
-def test_the_triton_kernel_is_the_rule(adam, clip, block):
-    """Three layers in one launch, some rows longer than a block."""
+def test_the_triton_kernel_is_the_rule(adam, clip):
+    """Three layers in one launch."""
     shapes = [(3, 27), (5, 144), (2, 300)]
     layers = [random_layer(*shape, adam, torch.float32, seed=i) for i, shape in enumerate(shapes)]
     layers = [tuple(t if t is None else t.to(DEVICE) for t in layer) for layer in layers]
@@ -92,7 +91,7 @@ def test_the_triton_kernel_is_the_rule(adam, clip, block):
     rates = torch.tensor([rate_of(lr, 3, adam) for lr in lrs], device=DEVICE)
     options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
     table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
-    go._advance_all(layers, rates, *table, block=block, **options)
+    go._advance_all(layers, rates, *table, **options)
     for (y, _, m, v), right in zip(layers, expected, strict=True):
         assert_same((y, m, v), right, torch.float32)
 
@@ -107,14 +106,13 @@ def edges(dtype, device):
     return y, g
 
 
-@pytest.mark.parametrize("block", [64, 16])
-def test_edges_in_the_triton_kernel(block):
+def test_edges_in_the_triton_kernel():
     y, g = edges(torch.float32, DEVICE)
     m = torch.zeros_like(y)
     layers = [(y, g, m, None)]
     table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
     rates = torch.tensor([0.5], device=DEVICE)
-    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1, block=block)
+    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1)
     check_edges(y.cpu(), m.cpu())
 
 
@@ -226,7 +224,7 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
         params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         params[1].data = params[1].data.to(memory_format=torch.channels_last)
         params.append(nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2]))  # not dense: worked on as a copy
-        monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+        monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
         groups = [{"params": params[:3], "lr": 0.2}, {"params": params[3:], "lr": 0.1}]
         optimizer = Optimizer(groups, momentum=0.9, grassmann=True, omega=omega, grad_clip=0.1)
         for _ in range(3):
@@ -243,7 +241,7 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
 def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kernel, ratio, monkeypatch):
-    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
     torch.manual_seed(0)
     p = nn.Parameter(unit(torch.randn(5, 60, device=DEVICE))[0])
     optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1)
@@ -258,7 +256,7 @@ def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kerne
 @pytest.mark.parametrize("omega", [0.0, 0.1])
 @pytest.mark.parametrize("length", [1e-25, 1e-19, 1e19, 1e25])
 def test_rows_of_any_length_are_normalized_by_the_first_step(Optimizer, kernel, omega, length, monkeypatch):
-    monkeypatch.setattr(Optimizer, "_has_kernel", staticmethod(lambda device: kernel))
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
     torch.manual_seed(0)
     y = unit(torch.randn(5, 60, device=DEVICE))[0]
     gradient = torch.randn_like(y)
