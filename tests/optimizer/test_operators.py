@@ -130,6 +130,34 @@ def test_the_regularizers_gradient_is_autograds(point):
     close(go.orthogonality_gradient(y.detach()), y.grad)
 
 
+# ------------------------------------------------------------- what is small is not lost to float32's rounding
+
+
+def test_a_projection_is_tangent_where_the_gradient_is_nearly_along_the_row():
+    torch.manual_seed(0)
+    y, a = unit(torch.randn(5, 60))[0], torch.randn(5, 60)
+    h = go.project(y, a + 1e5 * y).double()
+    assert (inner(y.double(), h).abs() < 1e-5 * h.norm(dim=-1)).all()
+
+
+def test_a_small_angle_bends_a_translated_vector():
+    # u = (0, 0.6, 0.8), delta = (0, 1, 0): its third component becomes -0.48 (1 - cos 1e-4) = -2.4e-9.
+    y, delta, h = (torch.tensor([row]) for row in ([1.0, 0, 0], [0, 1.0, 0], [0, 6e-5, 8e-5]))
+    assert go.parallel_translate(delta, y, h)[0, 2].item() == pytest.approx(-2.4e-9, rel=1e-5)
+
+
+def test_rows_that_are_nearly_orthogonal_are_still_parted():
+    # Y Y' - I is 2^-24 off the diagonal, exactly, and 2 (Y Y' - I) Y = 2^-23 y_2 in the first row.
+    y = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5 + 2**-23, -0.5, 0.5, -0.5]])
+    expected = 2**-24 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert_close(go.orthogonality_gradient(y)[0], expected, rtol=1e-5, atol=0)
+    p = nn.Parameter(y)
+    p.grad = torch.zeros_like(y)
+    optimizer = SGDG([p], lr=1.0, grassmann=True, omega=1.0)
+    optimizer.step()
+    assert_close(optimizer.state[p]["momentum_buffer"][0], -expected, rtol=1e-5, atol=0)
+
+
 # ------------------------------------------------------------------------------------------- trajectories
 
 
