@@ -85,7 +85,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("and not stop.by_signal:", "and not stop:", "resume gets_on"),
         ("return stop.exit_code", "return 1", "resume signal or max_minutes"),
         ("PROCESS_START + 60 * options.max_minutes", "PROCESS_START + options.max_minutes", "resume from_the_start"),
-        ("os.utime(options.save / CHECKPOINT)", "pass", "resume finished_run_says_so"),
+        ("os.utime(options.save / CHECKPOINT)", "pass", "sweeps real_thing"),
         ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
         ("    board.add(stats, layers)\n", "", "run TestTensorBoard"),

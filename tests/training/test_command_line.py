@@ -123,17 +123,9 @@ class TestOptions:
         assert parse("--dtype", "float")["dtype"] == "float32"
 
     def test_save_has_a_default_for_each_run(self):
-        argv = [
-            "--dataset",
-            "folder",
-            "--dataset_name",
-            "my pictures",
-            "--optim_method",
-            "SGDG",
-            "--seed",
-            "3",
-        ]
-        assert parse(*argv)["save"] == Path("logs/my-pictures/wrn-28-10/SGDG/seed3")
+        argv = "--dataset folder --optim_method SGDG --seed 3 --dataset_name".split()
+        for name, folder in (("my pictures", "my-pictures"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
+            assert parse(*argv, name)["save"] == Path(f"logs/{folder}/wrn-28-10/SGDG/seed3")
         assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
 
     def test_flags_of_the_authors_script_that_change_nothing_change_nothing(self, monkeypatch):
@@ -324,7 +316,7 @@ class TestBadInput:
         ("flags", "pattern"),
         [
             (["--learning_rate", "0.1"], "--learning_rate"),
-            (["--batch", "3"], "--batch"),  # no guessing from a beginning
+            (["--optim", "SGD"], "--optim"),  # no guessing from a beginning
             (["stray"], "stray"),
             (["--lr"], "--lr"),
             (["--lr", "-inf"], "--lr"),
