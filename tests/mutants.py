@@ -19,30 +19,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 300  # seconds for a test; where it takes longer, a fault counts as caught only if it is one of HANGS
+LIMIT = 300  # seconds for a test; one that takes longer has noticed nothing: no fault of the table hangs
 LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
 # What takes seconds to import: here once, and every run of pytest is a fork of this process.
-SLOW_IMPORTS = ("torch", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets", "sklearn.datasets",
-                "sklearn.model_selection", "scipy.io", "cv2", "pytest")  # fmt: skip
+SLOW_IMPORTS = (
+    "torch", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets",
+    "sklearn.datasets", "sklearn.model_selection", "scipy.io", "cv2", "pytest",
+)  # fmt: skip
 
-FILES = {  # test files by the words that begin a selection; behind it stands an expression as of pytest's -k
-    "paper": "tests/test_paper.py",
-    "operators": "tests/optimizer/test_operators.py",
-    "optimizer": "tests/optimizer/test_grassmann_optimizer.py",
-    "pytorch": "tests/optimizer/test_in_pytorch.py",
-    "fast": "tests/optimizer/test_fast_paths.py",
-    "invariance": "tests/optimizer/test_scale_invariance.py",
-    "data": "tests/training/test_data.py",
-    "flags": "tests/training/test_command_line.py",
-    "run": "tests/training/test_run_directory.py",
-    "resume": "tests/training/test_resume.py",
-    "authors": "tests/training/test_authors_runs.py",
-    "resnet": "tests/training/test_resnet.py",
-    "vgg": "tests/training/test_vgg.py",
-    "tables": "tests/scripts/test_summarize.py",
-    "figures": "tests/scripts/test_figures.py",
-    "sweeps": "tests/scripts/test_sweeps.py",
-}
+FILES = {  # of tests, by the word that begins a selection; an expression as of pytest's -k follows it
+    "paper": "tests/test_paper.py", "operators": "tests/optimizer/test_operators.py",
+    "optimizer": "tests/optimizer/test_grassmann_optimizer.py", "pytorch": "tests/optimizer/test_in_pytorch.py",
+    "fast": "tests/optimizer/test_fast_paths.py", "invariance": "tests/optimizer/test_scale_invariance.py",
+    "data": "tests/training/test_data.py", "flags": "tests/training/test_command_line.py",
+    "run": "tests/training/test_run_directory.py", "resume": "tests/training/test_resume.py",
+    "authors": "tests/training/test_authors_runs.py", "resnet": "tests/training/test_resnet.py",
+    "vgg": "tests/training/test_vgg.py", "tables": "tests/scripts/test_summarize.py",
+    "figures": "tests/scripts/test_figures.py", "sweeps": "tests/scripts/test_sweeps.py",
+}  # fmt: skip
 WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
 
 # fmt: off
@@ -50,31 +44,26 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     "main.py": [
         ('{"SGDG": SGDG, "AdamG": AdamG}', '{"SGDG": AdamG, "AdamG": SGDG}', WRN),
         ("momentum=momentum, nesterov=momentum > 0", "momentum=0, nesterov=False", WRN),
-        ("momentum=momentum, nesterov=momentum > 0", "momentum=momentum", WRN),
         ("        omega=options.omega,\n", "", WRN),
         ("        momentum=options.momentum,\n", "", WRN),
         ("        bn_decay=options.bn_decay,\n", "", WRN),
         ("        weight_decay=options.weight_decay,\n", "", WRN),
         ("        grad_clip=options.grad_clip,\n", "", WRN),
-        ('"weight_decay": options.bn_decay', '"weight_decay": options.weight_decay', WRN),
         ("options.width, classes, options.dropout", "options.width, classes", WRN),
         ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper plain_loop[SGD]"),
         ("select=options.select,", 'select="shape",', "flags measured"),
         ("(x.float() - self.mean) / self.std", "x.float() / self.std", WRN),
         ("permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", WRN),
         ("epoch=self.epoch, pad", "epoch=0, pad", WRN),
-        ("seed=options.seed, epoch", "seed=0, epoch", WRN),
         ("torch.manual_seed(options.seed)", "torch.manual_seed(0)", WRN),
         ("self.scaler.scale(loss)", "self.scaler.scale(1.5 * loss)", WRN),
         ("return loss.detach(), ", "return 1.5 * loss.detach(), ", WRN),
         ('"train_loss": loss / t.batch', '"train_loss": loss / images', WRN),
         ("self.optimizer.zero_grad(set_to_none=True)", "pass", WRN),
-        ("        self.scaler.update()\n", "        self.scaler.update()\n        self.schedule.step()\n", WRN),
         ("self.optimizer, drops, gamma=ratio", "self.optimizer, drops, gamma=0.2", WRN),
         ("t.model.eval()", "t.model.train()", WRN),
         ("        with t.autocast():\n            logits = t.forward(x)", "        logits = t.forward(x)", "run precision"),
         ("logits.argmax(1) != labels).sum().double()])\n        self.bad", "logits.argmax(1) == labels).sum().double()])\n        self.bad", WRN),
-        ("return loss / n, 100 * wrong / n", "return loss / len(t.data.train_labels), 100 * wrong / n", WRN),
         ("(self.bad_step == 0) & ~loss.isfinite()", "~loss.isfinite()", "run first_bad_step"),
         ("if not torch.stack([p.isfinite().all() ", "if not torch.stack([p.isfinite().any() ", "run TestNotFinite and weight"),
         ("    if not math.isfinite(result[0]):", "    if False:", "run TestNotFinite and test_loss"),
@@ -88,31 +77,22 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("os.utime(options.save / CHECKPOINT)", "pass", "sweeps real_thing"),
         ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
-        ("    board.add(stats, layers)\n", "", "run TestTensorBoard"),
         ("progress.show(mean_loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
-        ('"grad_clip": 0.1,', '"grad_clip": 1.0,', STARTED),
         ('"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4}', '"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 0.0}', STARTED),
         ('[60, 120], "lr_decay_ratio": 0.1', '[60, 120], "lr_decay_ratio": 0.2', STARTED),
-        ('"CIFAR100": "CIFAR"', '"CIFAR100": "SVHN"', STARTED),
         ('protocol["dropout"].get(model, 0.0)', 'protocol["dropout"]["resnet"]', "paper dropout_of_vgg"),
         ('MAY_CHANGE = {"epochs", ', 'MAY_CHANGE = {"epochs", "seed", ', "flags option_that_differs"),
-        ('MAY_CHANGE = {"epochs", "nthread"', 'MAY_CHANGE = {"epochs"', "resume threads_that_prepare"),
         ("return {**stored, **given}", "return {**fill_in({}), **given}", "resume stopped_run_ends"),
         ("claimed = writes and own and", "claimed = False and", "flags before_the_checkpoint"),
         ('("lrg", "omega", "grad_clip", "select") if', '("omega", "grad_clip", "select") if', "flags no_effect"),
-        ('unused += ("depth", "width") if', 'unused += ("depth",) if', "flags no_effect"),
         ("number(float, 0)(text) or None", "number(float, 0)(text)", "flags switched_off"),
-        ("epochs != sorted(set(epochs))", "epochs != sorted(epochs)", "flags not_accepted"),
-        ("or (value == low and not exclusive)", "or value == low", "flags not_accepted"),
         ("allow_abbrev=False", "allow_abbrev=True", "flags do_not_fit"),
-        ('"half": "float16"', '"half": "bfloat16"', "authors half"),
         ("if done > options.epochs:", "if False:", "flags fewer_epochs"),
         (').strip("-") or "folder"', ') or "folder"', "flags save_has_a_default"),
         ('(name == "auto" and torch.cuda.is_available())', "False", "flags auto_takes_a_gpu"),
-        ("model_name(named), named.optim_method", "model_name(named)", "flags save_has_a_default"),
     ],
     "report.py": [
         ('"loss/train": stats["train_loss"],', '"loss/train": stats["test_loss"],', "run TestTensorBoard"),
@@ -121,14 +101,9 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         (".asin()).rad2deg().mean()", ".asin()).mean()", "run TestProbe"),
         ('"omega"] * orthogonality_gradient(y)', '"omega"] * 0', "run TestProbe"),
         ("(gram.sum() - gram.trace())", "gram.sum()", "run TestProbe"),
-        ('[1] > group["grad_clip"])', '[1] >= 0)', "run TestProbe"),
-        ("        self.sums.zero_()\n", "", "run TestProbe"),
         ("total[1] += p.numel()", "total[1] = p.numel()", "flags start_names"),
         ("get_total_flops() // 2", "get_total_flops()", "flags TestSummary"),
         ("cosines.max()", "cosines.mean()", "authors summary"),
-        ("topk(5)", "topk(4)", "run top5"),
-        ("test {stats['test_loss']:.4f}", "test {stats['train_loss']:.4f}", "run the_line_on_the_terminal"),
-        ("mine = wrong[labels == index]", "mine = wrong[labels != index]", "run top5"),
         ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
     ],
     "utils.py": [
@@ -137,19 +112,14 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("os.fsync(directory)", "pass", "run TestInterruptedWrite"),
         ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "flags second_writer"),
         ('lines = "".join(map(_log_line, history))', 'lines = ""', "resume more_epochs"),
-        ('open(self.path, "a")', 'open(self.path, "w")', "run TestLog"),
         ('torch.set_rng_state(states["cpu"])', "pass", "resume stopped_run_ends"),
-        ("2 if isinstance(error, UsageError) else 1", "1", "flags do_not_fit"),
         ("return 128 + self.signal if", "return self.signal if", "resume signal"),
         ("signal.signal(number, signal.SIG_DFL)", "pass", "resume asked_twice"),
         ("if there and not own and is_ours(save, there):", "if False:", "flags not_overwritten or into_another_run"),
         ("if there and not (is_ours(save, there) and", "if False and (", "authors never_written or left_alone"),
         ("or logged <= 1)", "or logged >= 0)", "flags log_without_a_checkpoint"),
         ("weights_only=True", "weights_only=False", "flags run_code"),
-        (">= (8, 0)", ">= (7, 0)", "run tf32"),
         ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeats"),
-        ("else f\"{name}.weight\" for name", "else name for name", "authors evaluated"),
-        ("if old != now[key]]", "if False]", "resume another_number_of_threads"),
     ],
     "data.py": [
         ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "data TestSvhn"),
@@ -162,16 +132,10 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("offsets[:, 0], offsets[:, 1]]", "offsets[:, 0], offsets[:, 0]]", "data naive_reference"),
         ("generator.integers(0, 2 * pad + 1, (*shape, 2))", "generator.integers(0, 2 * pad + 1, (*shape, 1)).repeat(2, 2)", "data cover_their_range"),
         ("cv2.BORDER_REFLECT_101", "cv2.BORDER_REFLECT", "data edge"),
-        ("cv2.flip(images[index], 1,", "cv2.flip(images[index], 0,", "data naive_reference"),
         ("cv2.cvtColor(image, cv2.COLOR_BGR2RGB)", "image", "data as_rgb"),
         ("SeedSequence(seed, spawn_key=(epoch,))", "SeedSequence(seed + epoch)", "data another_seed_or_epoch"),
         ("range(0, len(labels), batch_size)", "range(0, len(labels) - batch_size + 1, batch_size)", "data eval_batches"),
-        ('[parts["train"], parts["extra"]]', '[parts["train"]]', "data TestSvhn"),
-        ("test_images=data.train_images[held]", "test_images=data.test_images", "data TestHoldOut"),
         ("np.random.default_rng(0).permutation(total)", "np.random.default_rng(1).permutation(total)", "data TestHoldOut"),
-        ("== 2 * nthread:", "== 20 * nthread:", "data looks_ahead"),
-        ("range(start, len(plan))", "range(0, len(plan))", "data whatever_the_threads"),
-        ('{array.dtype.str} {array.shape}\\n', "", "data sha256"),
     ],
     "resnet.py": [
         ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet shapes"),
@@ -180,34 +144,25 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("self.convdim(o))", "self.convdim(x))", "resnet computes"),
         ("self.dropout, self.training)", "self.dropout, True)", "resnet computes"),
         ('mode="fan_in"', 'mode="fan_out"', "resnet he_normal"),
-        ("return self.fc(x.mean((2, 3)))", "return self.fc(x.amax((2, 3)))", "resnet computes"),
     ],
     "vgg.py": [
         ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", "vgg computes"),
-        ("16: (2, 2, 3, 3, 3)", "16: (2, 2, 3, 3, 2)", GROUPS),
         ("torch.ones_like(bn.weight", "2 * torch.ones_like(bn.weight", "vgg computes"),
-        ("del bn.weight", "return bn", "vgg no_scale"),
         ("nn.ReLU(inplace=True)", "nn.Identity()", "vgg computes"),
         ("nn.Dropout(dropout)", "nn.Dropout2d(dropout)", "vgg behind_the_pools"),
-        ("relu(self.bn1(self.fc1(x)), inplace=True)", "self.bn1(self.fc1(x))", "vgg computes"),
     ],
     "grassmann_optimizer.py": [
         ("    gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n    return 2 * gram @ y", "    return 2 * (gram @ y - y)", "operators nearly_orthogonal"),
         ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "optimizer is_the_update_rule"),
         ("y * angle.sin() + u * (2 * (angle / 2).sin() ** 2)", "y * angle.sin() + u * (1 - angle.cos())", "operators small_angle"),
         ("for _ in range(2):", "for _ in range(1):", "operators nearly_along"),
-        ("direction * nu, h)", "direction * nu, direction * nu)", "operators clipping"),
         ("(1 - beta2) * (h * h).sum(-1, keepdim=True)", "(1 - beta2) * (g * g).sum(-1, keepdim=True)", "optimizer is_the_update_rule"),
         ("parallel_translate(m, y, d), v", "m, v", "optimizer is_the_update_rule"),
-        ("/ -torch.expm1(step * log1)", "", "paper adamg"),
-        ("m.mul_(cos).sub_(lost)", "m.sub_(lost)", "paper sgdg"),
-        ("addcmul_(h_norm, h_norm, value=1 - beta2)", "add_(h_norm, alpha=1 - beta2)", "paper adamg"),
         ("h_norm.mul_(shorten)", "h_norm.mul_(1)", "fast blocks_is_the_rule"),
         ("(v + epsilon).sqrt_()", "(v.sqrt() + epsilon)", "paper adamg"),
         ("(along.abs_() > _CANCELLED * h_norm).any()", "False", "fast nearly_along"),
         ("high.item() < _LONG and low.item() >= least", "True", "fast huge_and_tiny or any_length"),
         ("return y, -g if maximize else g, m", "return y, g, m", "pytorch maximize"),
-        ("for t, rows in ((p, layer[0]), (", "for t, rows in ((", "optimizer any_storage"),
         ('"nesterov": momentum > 0}', '"nesterov": False}', WRN),
         ("return p.shape[0] < p.shape[1:].numel()", "return p.shape[0] <= p.shape[1:].numel()", "optimizer groups_by"),
         ("_write_rows(p, p, unit(_rows(p, p))[0])", "pass", "optimizer groups_by"),
@@ -215,12 +170,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('{**grassmann, "omega": 0.0}', '{**grassmann, "omega": omega}', "invariance groups_by_measurement"),
         ("if p.dtype in _LOW_PRECISION else p.dtype", "if False else p.dtype", "pytorch narrow_parameters"),
         ("torch.autocast(device.type, enabled=False)", "torch.autocast(device.type, enabled=True)", "fast autocast"),
-        ("            self.param_groups.pop()\n", "", "pytorch group_added_later"),
-        ("cosine < 0.01 * chance", "cosine < chance", "invariance first_convolutions"),
-        ("buffer.copy_(before)", "pass", "invariance left_behind"),
         ("        h = h - tl.sum(y * h, 0) * y\n", "", "fast nearly_along"),
-        ("gain * shorten\n", "gain\n", "fast triton_kernel_is_the_rule"),
-        ("if omega > 0 and rows > n:", "if False:", "optimizer without_rows"),
     ],
     "scripts/summarize.py": [
         ('"test_error": median(errors) if', '"test_error": sum(errors) / len(errors) if', "tables median"),
@@ -232,43 +182,28 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("median(errors) - paper if", "paper - median(errors) if", "tables where_it_may"),
         ('>= self.options["epochs"]', ">= 1", "tables unfinished"),
         ('NO_RESULT = ("seed", ', 'NO_RESULT = ("seed", "dropout", ', "tables never_in_one_cell"),
-        ('"batch_size")\nCELL', '"momentum")\nCELL', "tables shared_options or all_runs_share or sections"),
         ('split("\\n")[:-1]', 'split("\\n")', "tables being_written"),
-        ('("float32" if on_cpu else "TF32")', '"float32"', "tables tf32"),
-        ('"vgg-19": (27.62, 25.79, 25.59)', '"vgg-19": (27.62, 25.59, 25.79)', "paper tables"),
-        ("median(median(of_run) for of_run in speeds)", "max(max(of_run) for of_run in speeds)", "tables median"),
     ],
     "scripts/figures.py": [
         ("steps[drop - 1]", "steps[drop]", "figures and_their_median"),
-        ("return [median(values) for", "return [max(values) for", "figures and_their_median"),
         ("seconds / 60 for", "seconds for", "figures and_their_median"),
         ("if epoch <= last]", "]", "figures stand_behind_ours"),
-        ('panel.set_yscale("log")', 'panel.set_yscale("linear")', "figures and_their_median"),
         ("[len(run.epochs) // 5 :]", "", "figures fifth"),
-        ('{1 + sum(other', '{0 + sum(other', "tables grid_of_rates"),
     ],
     "scripts/sweep.py": [
         ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),
-        ("return logged == epochs and not older", "return logged == epochs", "sweeps finished_is"),
-        ("checkpoint.stat().st_mtime_ns < log", "checkpoint.stat().st_mtime_ns <= log", "sweeps finished_is"),
         ('re.sub("(^|,)-.*", "", named)', "named", "sweeps gpus_by_turns"),
         ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
         ("// jobs))", "))", "sweeps gpus_by_turns"),
-        ("float(share) + 0.5)", "float(share))", "sweeps drops_at"),
-        ("product(seeds, datasets, models, methods)", "product(datasets, models, methods, seeds)", "sweeps all_cells and table2"),
         ("start_new_session=True", "start_new_session=False", "sweeps asks_each_run_once"),
         ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGTERM", "sweeps second_signal"),
         ("if answered == 0 or number != signal.SIGHUP:", "if True:", "sweeps lost_terminal"),
         ("and queue and not signals:", "and queue:", "sweeps asks_each_run_once"),
-        ("failures.append(", "print(", "sweeps failure_is_reported"),
-        ("return 128 + signals[0] if signals else", "return", "sweeps asks_each_run_once"),
         ("failures, signals = run_all(cells, last, not flags, slots)", "failures, signals = run_all(cells, last, True, slots)", "sweeps judges_finished"),
         ("|seed|epochs|", "|seed|", "sweeps mistake"),
-        ("(int(depth) < 10 or int(depth) % 6 != 4)", "int(depth) % 6 != 4", "sweeps mistake"),
     ],
 }
 # fmt: on
-HANGS = ()  # texts of faults that make a test wait for ever
 
 
 class Fault(NamedTuple):
@@ -329,8 +264,8 @@ def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
 
 def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
     """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
-    hung = "Timeout (>" in text and fault.text not in HANGS
-    verdict = "hung" if hung else {0: "SURVIVED", 1: "caught"}.get(code, f"pytest: {code}")
+    verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"pytest: {code}")
+    verdict = "too slow" if "Timeout (>" in text else verdict
     print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
     if code > 1:
         print(text[-2000:])

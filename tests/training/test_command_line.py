@@ -123,7 +123,7 @@ class TestOptions:
         assert parse("--dtype", "float")["dtype"] == "float32"
 
     def test_save_has_a_default_for_each_run(self):
-        argv = "--dataset folder --optim_method SGDG --seed 3 --dataset_name".split()
+        argv = ["--dataset", "folder", "--optim_method", "SGDG", "--seed", "3", "--dataset_name"]
         for name, folder in (("my pictures", "my-pictures"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
             assert parse(*argv, name)["save"] == Path(f"logs/{folder}/wrn-28-10/SGDG/seed3")
         assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
