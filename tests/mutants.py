@@ -117,7 +117,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("signal.signal(number, signal.SIG_DFL)", "pass", "resume asked_twice"),
         ("if there and not own and is_ours(save, there):", "if False:", "flags not_overwritten or into_another_run"),
         ("if there and not (is_ours(save, there) and", "if False and (", "authors never_written or left_alone"),
-        ("or logged <= 1)", "or logged >= 0)", "flags log_without_a_checkpoint"),
+        ("or logged <= 1)", "or logged >= 0)", "flags lost_its_checkpoint"),
         ("weights_only=True", "weights_only=False", "flags run_code"),
         ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeats"),
     ],

@@ -569,6 +569,16 @@ def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
     assert contents(save) == before
 
 
+def test_an_unfinished_run_that_has_lost_its_checkpoint_is_left_as_it_is(tiny, finished, tmp_path):
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    (save / "checkpoint.pt").unlink()
+    config = (save / "config.json").read_text()
+    (save / "config.json").write_text(config.replace('"epochs": 2', '"epochs": 3'))
+    before = contents(save)
+    assert_one_sentence(call(*tiny("SGD", save, "--epochs", 3, "--resume", "auto")), 2, "no checkpoint")
+    assert contents(save) == before
+
+
 def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
     save = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
     (save / "checkpoint.pt").unlink()

@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -357,6 +358,7 @@ class TestNotFinite:
             return true_loss(logits, labels, **kwargs) * (math.inf if bad else 1)
 
         monkeypatch.setattr(main, "cross_entropy", loss)
+        return calls
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("step", range(1, STEPS + 1))
@@ -373,9 +375,10 @@ class TestNotFinite:
         self, tiny, tmp_path, monkeypatch
     ):
         # 24 steps, read after every third: those after step 4 are bad as well, the gradients having been.
-        self.poison(monkeypatch, "mean", 4)
+        calls = self.poison(monkeypatch, "mean", 4)
         outcome = call(*tiny("SGD", tmp_path / "run", "--batchSize", 2))
         assert_one_sentence(outcome, 1, r"epoch 1, step 4\b")
+        assert len(calls) == 6
 
     def test_a_stop_does_not_hide_it(self, tiny, tmp_path, monkeypatch):
         self.poison(monkeypatch, "mean", 1)
@@ -419,6 +422,14 @@ def test_training_and_evaluation_are_in_the_precision_asked_for(tiny, tmp_path, 
     monkeypatch.setattr(WideResNet, "forward", forward)
     assert call(*tiny("SGD", tmp_path / "run", "--dtype", dtype)).code == 0
     assert seen == {True: {getattr(torch, dtype)}, False: {getattr(torch, dtype)}}
+
+
+def test_losses_are_scaled_in_float16_alone(tiny, tmp_path, pictures_root):
+    """Whose gradients would underflow."""
+    options, data = main.parse_options(tiny("SGD", tmp_path / "run"))[0], load_data("folder", pictures_root)
+    for dtype in ("float32", "bfloat16", "float16"):
+        t = main.Training(replace(options, dtype=dtype), data)
+        assert t.scaler.is_enabled() == (dtype == "float16")
 
 
 class TestProbe:
