@@ -170,8 +170,9 @@ class TestTensorBoard:
         assert error.value == pytest.approx(100 - last["test_acc"], rel=1e-6)
         assert loss.value == pytest.approx(last["train_loss"], rel=1e-6)
         start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-        for name in ("optim_method", "lrg", "epoch_step"):
+        for name in ("optim_method", "lrg", "epoch_step", "epochs"):
             assert name.encode() in start
+        assert b"dataroot" not in start  # changes no result
 
 
 class TestCheckpoint:
@@ -540,6 +541,7 @@ def test_the_bars_speed_is_that_of_this_process(monkeypatch):
     clock = iter((100.0, 104.0))
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
     progress = report.Progress("epoch 1/1", 50, 30, 16)
+    assert (progress.bar.n, progress.bar.total) == (30, 50)
     shown = []
     monkeypatch.setattr(progress.bar, "set_postfix_str", shown.append)
     progress.show(0.5, 12.5, 40)
