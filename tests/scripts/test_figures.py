@@ -92,6 +92,16 @@ def test_a_figure_shows_the_runs_and_their_median(panels, x):
         assert lines(loss, method)[-1][2] == [5, 4, 3, 2, 1]
 
 
+def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels):
+    """Errors 22, 20, ... 4: the first two would press the last ones together."""
+    _, error = panels(
+        figures.draw_row, make_row(make_run("SGD", 4.0, written=10, epochs=10)), Path(), "epoch"
+    )
+    low, high = error.get_ylim()
+    assert low < 4
+    assert 18 < high < 20
+
+
 @pytest.mark.parametrize(("dataset", "model"), PAPER_NETWORKS)
 def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
     row = make_row(*[make_run(m, 4.0, dataset=dataset, model=model, epochs=30) for m in ("SGD", "AdamG")])

@@ -123,17 +123,9 @@ class TestOptions:
         assert parse("--dtype", "float")["dtype"] == "float32"
 
     def test_save_has_a_default_for_each_run(self):
-        argv = [
-            "--dataset",
-            "folder",
-            "--dataset_name",
-            "my pictures",
-            "--optim_method",
-            "SGDG",
-            "--seed",
-            "3",
-        ]
-        assert parse(*argv)["save"] == Path("logs/my-pictures/wrn-28-10/SGDG/seed3")
+        argv = ["--dataset", "folder", "--optim_method", "SGDG", "--seed", "3", "--dataset_name"]
+        for name, folder in (("my pictures", "my-pictures"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
+            assert parse(*argv, name)["save"] == Path(f"logs/{folder}/wrn-28-10/SGDG/seed3")
         assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
 
     def test_flags_of_the_authors_script_that_change_nothing_change_nothing(self, monkeypatch):
@@ -239,9 +231,11 @@ class TestOutput:
         os.close(master)
         text = b"".join(shown).decode()
         bars = [bar for bar in re.split(r"[\r\n]+", text) if f"{STEPS}/{STEPS}" in bar]
-        assert any(re.search(r"epoch 1/1.*loss \d+\.\d+, error \d+\.\d+%, \d+ img/s", bar) for bar in bars), (
-            text
-        )
+        shown = re.search(r"epoch 1/1.*loss (\d+\.\d+), error (\d+\.\d+)%, \d+ img/s", bars[-1])
+        assert shown, text
+        (stats,) = log_lines(tmp_path / "run")
+        expected = stats["train_loss"], 100 - stats["train_acc"]
+        assert tuple(map(float, shown.groups())) == pytest.approx(expected, abs=0.0051)
 
     def test_the_program_itself_ends_with_the_exit_code(self, pictures_root, tmp_path):
         # The one real process for bad input: what C++ code prints would show here.
@@ -322,7 +316,7 @@ class TestBadInput:
         ("flags", "pattern"),
         [
             (["--learning_rate", "0.1"], "--learning_rate"),
-            (["--batch", "3"], "--batch"),  # no guessing from a beginning
+            (["--optim", "SGD"], "--optim"),  # no guessing from a beginning
             (["stray"], "stray"),
             (["--lr"], "--lr"),
             (["--lr", "-inf"], "--lr"),
@@ -340,6 +334,12 @@ class TestBadInput:
     def test_cuda_where_there_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert_one_sentence(call("--device", "cuda"), 2, "--device cpu")
+
+    @pytest.mark.parametrize("there_is_one", [True, False])
+    def test_auto_takes_a_gpu_where_there_is_one(self, there_is_one, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
+        assert options.choose_device("auto").type == ("cuda" if there_is_one else "cpu")
+        assert options.choose_device("cpu").type == "cpu"
 
     def test_float16_on_the_cpu(self):
         assert_one_sentence(call("--dtype", "float16", "--device", "cpu"), 2, "bfloat16")
@@ -569,6 +569,16 @@ def test_a_log_without_a_checkpoint_is_not_emptied(finished, tmp_path):
     assert contents(save) == before
 
 
+def test_an_unfinished_run_that_has_lost_its_checkpoint_is_left_as_it_is(tiny, finished, tmp_path):
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    (save / "checkpoint.pt").unlink()
+    config = (save / "config.json").read_text()
+    (save / "config.json").write_text(config.replace('"epochs": 2', '"epochs": 3'))
+    before = contents(save)
+    assert_one_sentence(call(*tiny("SGD", save, "--epochs", 3, "--resume", "auto")), 2, "no checkpoint")
+    assert contents(save) == before
+
+
 def test_a_finished_run_needs_its_checkpoint_no_more(tiny, finished, tmp_path):
     save = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
     (save / "checkpoint.pt").unlink()
@@ -649,8 +659,8 @@ class TestSummary:
 
 
 def test_what_has_no_effect_is_said(tmp_path):
-    out = call("--summary", "--model", "vgg11", "--depth", 28, "--lrg", 0.2).out
-    assert out.startswith("note: --depth, --lrg have no effect on vgg-11 with SGD\n")
+    out = call("--summary", "--model", "vgg11", "--depth", 28, "--width", 10, "--lrg", 0.2).out
+    assert out.startswith("note: --depth, --width, --lrg have no effect on vgg-11 with SGD\n")
 
 
 @pytest.mark.parametrize(
@@ -687,6 +697,13 @@ class TestLock:
             assert call("--resume", save, "--eval").code == 0  # reads only
             holder.kill()
         assert call("--resume", save, "--epochs", 3).code == 0  # the lock died with its process
+
+    def test_it_is_taken_before_the_checkpoint_is_read(self, finished, tmp_path):
+        """A run that is just ending might still write."""
+        save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+        (save / "checkpoint.pt").write_bytes(b"half of a checkpoint")
+        with utils.lock_directory(save):
+            assert_one_sentence(call("--resume", save), 1, "is being written by process")
 
     def test_a_lock_file_that_nobody_holds_does_not_matter(self, finished, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")

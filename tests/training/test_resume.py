@@ -1,5 +1,6 @@
 """A run that was stopped, killed or cut off and then resumed ends with the bits of one that never was."""
 
+import json
 import os
 import random
 import re
@@ -246,6 +247,14 @@ class TestResume:
         stopped_run(tiny, monkeypatch, "AdamG", save, 2)
         assert call("--resume", save, "--nthread", nthread, "--device", "cpu", "--max_minutes", 60).code == 0
         assert_same_run(save, finished["AdamG"][0], but=("nthread", "device"))
+
+    def test_an_epochs_time_has_the_seconds_before_the_stop(self, tiny, tmp_path, monkeypatch):
+        save = tmp_path / "run"
+        stopped_run(tiny, monkeypatch, "SGD", save, 2)
+        torch.save(load(save) | {"train_time": 1000.0}, save / "checkpoint.pt")
+        assert call("--resume", save, "--epochs", 2).code == 0
+        times = [json.loads(line.split(" ", 1)[1])["train_time"] for line in (save / "log.txt").open()]
+        assert times[0] > 1000 > times[1]
 
     def test_the_data_may_have_moved(self, tiny, finished, pictures_root, tmp_path, monkeypatch):
         save = tmp_path / "run"

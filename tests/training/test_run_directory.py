@@ -4,9 +4,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
+import stat
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,8 +170,9 @@ class TestTensorBoard:
         assert error.value == pytest.approx(100 - last["test_acc"], rel=1e-6)
         assert loss.value == pytest.approx(last["train_loss"], rel=1e-6)
         start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-        for name in ("optim_method", "lrg", "epoch_step"):
+        for name in ("optim_method", "lrg", "epoch_step", "epochs"):
             assert name.encode() in start
+        assert b"dataroot" not in start  # changes no result
 
 
 class TestCheckpoint:
@@ -231,7 +235,11 @@ class TestCheckpoint:
     def test_top5_counts_the_five_most_likely_of_more_classes(self, capsys):
         logits = torch.arange(8.0).repeat(4, 1)  # 7 is the most likely class, 3 the fifth
         report.print_evaluation(logits, torch.tensor([7, 3, 2, 0]), tuple("abcdefgh"), "eight classes")
-        assert "top-1 error 75.00%, top-5 error 50.00%" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "top-1 error 75.00%, top-5 error 50.00%" in out
+        assert re.search(r"^  d +1 pictures  error 100.00%$", out, re.M)
+        assert re.search(r"^  h +1 pictures  error   0.00%$", out, re.M)
+        assert re.search(r"^  e +0 pictures  no error to tell$", out, re.M)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_bfloat16_trains_on_the_cpu(self, tiny, finished, tmp_path, method):
@@ -279,6 +287,16 @@ class TestInterruptedWrite:
         monkeypatch.setattr(utils.os, function, fail)
         self.fails_with(path, {"model": torch.zeros(1000)})
         assert contents(tmp_path) == before
+
+    def test_content_then_name_reach_the_disk(self, tmp_path, monkeypatch):
+        """Else a power cut might leave the new name with no content, or none at all."""
+        done, replace = [], utils.os.replace
+        monkeypatch.setattr(
+            utils.os, "fsync", lambda fd: done.append(stat.S_ISDIR(os.fstat(fd).st_mode) and "folder")
+        )
+        monkeypatch.setattr(utils.os, "replace", lambda *names: done.append("rename") or replace(*names))
+        utils.save_checkpoint(tmp_path / "checkpoint.pt", {})
+        assert done == [False, "rename", "folder"]
 
     def test_the_old_file_is_there_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
         path = tmp_path / "checkpoint.pt"
@@ -341,6 +359,7 @@ class TestNotFinite:
             return true_loss(logits, labels, **kwargs) * (math.inf if bad else 1)
 
         monkeypatch.setattr(main, "cross_entropy", loss)
+        return calls
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("step", range(1, STEPS + 1))
@@ -357,9 +376,10 @@ class TestNotFinite:
         self, tiny, tmp_path, monkeypatch
     ):
         # 24 steps, read after every third: those after step 4 are bad as well, the gradients having been.
-        self.poison(monkeypatch, "mean", 4)
+        calls = self.poison(monkeypatch, "mean", 4)
         outcome = call(*tiny("SGD", tmp_path / "run", "--batchSize", 2))
         assert_one_sentence(outcome, 1, r"epoch 1, step 4\b")
+        assert len(calls) == 6
 
     def test_a_stop_does_not_hide_it(self, tiny, tmp_path, monkeypatch):
         self.poison(monkeypatch, "mean", 1)
@@ -403,6 +423,14 @@ def test_training_and_evaluation_are_in_the_precision_asked_for(tiny, tmp_path, 
     monkeypatch.setattr(WideResNet, "forward", forward)
     assert call(*tiny("SGD", tmp_path / "run", "--dtype", dtype)).code == 0
     assert seen == {True: {getattr(torch, dtype)}, False: {getattr(torch, dtype)}}
+
+
+def test_losses_are_scaled_in_float16_alone(tiny, tmp_path, pictures_root):
+    """Whose gradients would underflow."""
+    options, data = main.parse_options(tiny("SGD", tmp_path / "run"))[0], load_data("folder", pictures_root)
+    for dtype in ("float32", "bfloat16", "float16"):
+        t = main.Training(replace(options, dtype=dtype), data)
+        assert t.scaler.is_enabled() == (dtype == "float16")
 
 
 class TestProbe:
@@ -460,6 +488,13 @@ class TestProbe:
         assert means["angle_degrees"] == pytest.approx(math.degrees(0.5 * (0.2 + 0.2) / 6), rel=1e-4)
         assert means["clipped_share"] == pytest.approx(2 / 6)
 
+    def test_the_regularizer_counts_for_clipping(self):
+        # As by hand in test_paper.py: without a loss each of these rows has a gradient of length 0.48.
+        y = torch.tensor([[[1.0, 0.0, 0.0]], [[0.6, 0.8, 0.0]]])
+        for grad_clip, share in ((0.47, 1), (0.49, 0)):
+            probe, _ = self.probe(y, torch.zeros_like(y), lr=0.1, omega=0.5, grad_clip=grad_clip)
+            assert probe.read()[0]["clipped_share"] == share
+
     def test_rest_and_no_clipping(self):
         y, tangent = self.orthonormal()
         means, _ = self.probe(y, torch.zeros_like(y), lr=0.5)[0].read()
@@ -499,6 +534,26 @@ class TestProbe:
         ours, theirs = load(tmp_path / "run"), load(finished[method][0])
         assert bits(ours["model"]) == bits(theirs["model"])
         assert bits(ours["optimizer"]) == bits(theirs["optimizer"])
+
+
+def test_the_bars_speed_is_that_of_this_process(monkeypatch):
+    """After a resume in step 30 of an epoch, 10 more steps of 16 images in 4 seconds."""
+    clock = iter((100.0, 104.0))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+    progress = report.Progress("epoch 1/1", 50, 30, 16)
+    assert (progress.bar.n, progress.bar.total) == (30, 50)
+    shown = []
+    monkeypatch.setattr(progress.bar, "set_postfix_str", shown.append)
+    progress.show(0.5, 12.5, 40)
+    assert shown == ["loss 0.5000, error 12.50%, 40 img/s"]
+
+
+def test_a_gpu_repeats_its_results():
+    utils.make_repeatable()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cuda.matmul.allow_tf32  # the regularizer needs exact products
 
 
 def test_a_run_can_be_moved(finished, tmp_path):

@@ -1,0 +1,301 @@
+"""Small deliberate faults, each of which a test must notice: what the tests promise is held to by trying.
+
+    python tests/mutants.py [NUMBER or part of its line ...]        JOBS=2: how many at once
+
+Each fault is put into a copy of the files, and the tests named beside it must fail there. One line each;
+the exit code is 1 if one survives. An import that fails is no catch: only a test's own failure counts.
+"""
+
+# ruff: noqa: E501
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 300  # seconds for a test; one that takes longer has noticed nothing: no fault of the table hangs
+LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
+# What takes seconds to import: here once, and every run of pytest is a fork of this process.
+SLOW_IMPORTS = (
+    "torch", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "torchvision.datasets",
+    "sklearn.datasets", "sklearn.model_selection", "scipy.io", "cv2", "pytest",
+)  # fmt: skip
+
+FILES = {  # of tests, by the word that begins a selection; an expression as of pytest's -k follows it
+    "paper": "tests/test_paper.py", "operators": "tests/optimizer/test_operators.py",
+    "optimizer": "tests/optimizer/test_grassmann_optimizer.py", "pytorch": "tests/optimizer/test_in_pytorch.py",
+    "fast": "tests/optimizer/test_fast_paths.py", "invariance": "tests/optimizer/test_scale_invariance.py",
+    "data": "tests/training/test_data.py", "flags": "tests/training/test_command_line.py",
+    "run": "tests/training/test_run_directory.py", "resume": "tests/training/test_resume.py",
+    "authors": "tests/training/test_authors_runs.py", "resnet": "tests/training/test_resnet.py",
+    "vgg": "tests/training/test_vgg.py", "tables": "tests/scripts/test_summarize.py",
+    "figures": "tests/scripts/test_figures.py", "sweeps": "tests/scripts/test_sweeps.py",
+}  # fmt: skip
+WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
+
+# fmt: off
+FAULTS = {  # file: (text, which stands there once; its replacement; tests that could notice)
+    "main.py": [
+        ('{"SGDG": SGDG, "AdamG": AdamG}', '{"SGDG": AdamG, "AdamG": SGDG}', WRN),
+        ("momentum=momentum, nesterov=momentum > 0", "momentum=0, nesterov=False", WRN),
+        ("        omega=options.omega,\n", "", WRN),
+        ("        momentum=options.momentum,\n", "", WRN),
+        ("        bn_decay=options.bn_decay,\n", "", WRN),
+        ("        weight_decay=options.weight_decay,\n", "", WRN),
+        ("        grad_clip=options.grad_clip,\n", "", WRN),
+        ("options.width, classes, options.dropout", "options.width, classes", WRN),
+        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper plain_loop[SGD]"),
+        ("select=options.select,", 'select="shape",', "flags measured"),
+        ("(x.float() - self.mean) / self.std", "x.float() / self.std", WRN),
+        ("permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", WRN),
+        ("epoch=self.epoch, pad", "epoch=0, pad", WRN),
+        ("torch.manual_seed(options.seed)", "torch.manual_seed(0)", WRN),
+        ("self.scaler.scale(loss)", "self.scaler.scale(1.5 * loss)", WRN),
+        ("return loss.detach(), ", "return 1.5 * loss.detach(), ", WRN),
+        ('"train_loss": loss / t.batch', '"train_loss": loss / images', WRN),
+        ("self.optimizer.zero_grad(set_to_none=True)", "pass", WRN),
+        ("self.optimizer, drops, gamma=ratio", "self.optimizer, drops, gamma=0.2", WRN),
+        ("t.model.eval()", "t.model.train()", WRN),
+        ("        with t.autocast():\n            logits = t.forward(x)", "        logits = t.forward(x)", "run precision"),
+        ("logits.argmax(1) != labels).sum().double()])\n        self.bad", "logits.argmax(1) == labels).sum().double()])\n        self.bad", WRN),
+        ("(self.bad_step == 0) & ~loss.isfinite()", "~loss.isfinite()", "run first_bad_step"),
+        ("if not torch.stack([p.isfinite().all() ", "if not torch.stack([p.isfinite().any() ", "run TestNotFinite and weight"),
+        ("    if not math.isfinite(result[0]):", "    if False:", "run TestNotFinite and test_loss"),
+        ('self.sums.copy_(state["sums"])', "pass", "resume stopped_run_ends"),
+        ('utils.set_generator_states(state["generators"], self.device)', "pass", "resume stopped_run_ends"),
+        ('PARTS = ("model", "optimizer", "schedule", "scaler", "probe")', 'PARTS = ("model", "optimizer", "schedule", "scaler")', "resume stopped_run_ends"),
+        ('if state["data_sha256"] != self.data.sha256:', "if False:", "flags other_pictures"),
+        ("and not stop.by_signal:", "and not stop:", "resume gets_on"),
+        ("return stop.exit_code", "return 1", "resume signal or max_minutes"),
+        ("PROCESS_START + 60 * options.max_minutes", "PROCESS_START + options.max_minutes", "resume from_the_start"),
+        ("os.utime(options.save / CHECKPOINT)", "pass", "sweeps real_thing"),
+        ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
+        ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
+        ("progress.show(mean_loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
+    ],
+    "options.py": [
+        ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
+        ('"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4}', '"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 0.0}', STARTED),
+        ('[60, 120], "lr_decay_ratio": 0.1', '[60, 120], "lr_decay_ratio": 0.2', STARTED),
+        ('protocol["dropout"].get(model, 0.0)', 'protocol["dropout"]["resnet"]', "paper dropout_of_vgg"),
+        ('MAY_CHANGE = {"epochs", ', 'MAY_CHANGE = {"epochs", "seed", ', "flags option_that_differs"),
+        ("return {**stored, **given}", "return {**fill_in({}), **given}", "resume stopped_run_ends"),
+        ("claimed = writes and own and", "claimed = False and", "flags before_the_checkpoint"),
+        ('("lrg", "omega", "grad_clip", "select") if', '("omega", "grad_clip", "select") if', "flags no_effect"),
+        ("number(float, 0)(text) or None", "number(float, 0)(text)", "flags switched_off"),
+        ("allow_abbrev=False", "allow_abbrev=True", "flags do_not_fit"),
+        ("if done > options.epochs:", "if False:", "flags fewer_epochs"),
+        (').strip("-") or "folder"', ') or "folder"', "flags save_has_a_default"),
+        ('(name == "auto" and torch.cuda.is_available())', "False", "flags auto_takes_a_gpu"),
+    ],
+    "report.py": [
+        ('"loss/train": stats["train_loss"],', '"loss/train": stats["test_loss"],', "run TestTensorBoard"),
+        ('add_scalar(tag, value, stats["epoch"])', 'add_scalar(tag, value, stats["epoch"] - 1)', "run TestTensorBoard"),
+        ("finished + 1 if finished else 0", "finished if finished else 0", "resume each_epoch_once"),
+        (".asin()).rad2deg().mean()", ".asin()).mean()", "run TestProbe"),
+        ('"omega"] * orthogonality_gradient(y)', '"omega"] * 0', "run TestProbe"),
+        ("(gram.sum() - gram.trace())", "gram.sum()", "run TestProbe"),
+        ("total[1] += p.numel()", "total[1] = p.numel()", "flags start_names"),
+        ("get_total_flops() // 2", "get_total_flops()", "flags TestSummary"),
+        ("cosines.max()", "cosines.mean()", "authors summary"),
+        ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
+    ],
+    "utils.py": [
+        ('open(temporary, "wb")', 'open(path, "wb")', "run TestInterruptedWrite"),
+        ("            os.fsync(file.fileno())\n        os.replace", "            pass\n        os.replace", "run TestInterruptedWrite"),
+        ("os.fsync(directory)", "pass", "run TestInterruptedWrite"),
+        ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "flags second_writer"),
+        ('lines = "".join(map(_log_line, history))', 'lines = ""', "resume more_epochs"),
+        ('torch.set_rng_state(states["cpu"])', "pass", "resume stopped_run_ends"),
+        ("return 128 + self.signal if", "return self.signal if", "resume signal"),
+        ("signal.signal(number, signal.SIG_DFL)", "pass", "resume asked_twice"),
+        ("if there and not own and is_ours(save, there):", "if False:", "flags not_overwritten or into_another_run"),
+        ("if there and not (is_ours(save, there) and", "if False and (", "authors never_written or left_alone"),
+        ("or logged <= 1)", "or logged >= 0)", "flags lost_its_checkpoint"),
+        ("weights_only=True", "weights_only=False", "flags run_code"),
+        ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeats"),
+    ],
+    "data.py": [
+        ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "data TestSvhn"),
+        ("classes, mean, std, flip=False", "classes, mean, std, flip=True", "data TestDigits"),
+        ("(125.3, 123.0, 113.9)", "(123.0, 125.3, 113.9)", STARTED),
+        ("random_state=0", "random_state=1", "data TestDigits"),
+        ("cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR", "cv2.INTER_LINEAR", "data averaged"),
+        ("fcntl.flock(file, fcntl.LOCK_EX)", "fcntl.flock(file, fcntl.LOCK_SH)", "data download_is_alone"),
+        ("socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)", "pass", "data download_is_alone"),
+        ("offsets[:, 0], offsets[:, 1]]", "offsets[:, 0], offsets[:, 0]]", "data naive_reference"),
+        ("generator.integers(0, 2 * pad + 1, (*shape, 2))", "generator.integers(0, 2 * pad + 1, (*shape, 1)).repeat(2, 2)", "data cover_their_range"),
+        ("cv2.BORDER_REFLECT_101", "cv2.BORDER_REFLECT", "data edge"),
+        ("cv2.cvtColor(image, cv2.COLOR_BGR2RGB)", "image", "data as_rgb"),
+        ("SeedSequence(seed, spawn_key=(epoch,))", "SeedSequence(seed + epoch)", "data another_seed_or_epoch"),
+        ("range(0, len(labels), batch_size)", "range(0, len(labels) - batch_size + 1, batch_size)", "data eval_batches"),
+        ("np.random.default_rng(0).permutation(total)", "np.random.default_rng(1).permutation(total)", "data TestHoldOut"),
+    ],
+    "resnet.py": [
+        ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet shapes"),
+        ("nn.Conv2d(in_width, width, 1, stride, bias=False)", "nn.Conv2d(in_width, width, 1, stride)", GROUPS),
+        ("z = relu(self.bn1(self.conv0(o)), inplace=True)", "z = self.bn1(self.conv0(o))", "resnet computes"),
+        ("self.convdim(o))", "self.convdim(x))", "resnet computes"),
+        ("self.dropout, self.training)", "self.dropout, True)", "resnet computes"),
+        ('mode="fan_in"', 'mode="fan_out"', "resnet he_normal"),
+    ],
+    "vgg.py": [
+        ("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", "vgg computes"),
+        ("torch.ones_like(bn.weight", "2 * torch.ones_like(bn.weight", "vgg computes"),
+        ("nn.ReLU(inplace=True)", "nn.Identity()", "vgg computes"),
+        ("nn.Dropout(dropout)", "nn.Dropout2d(dropout)", "vgg behind_the_pools"),
+    ],
+    "grassmann_optimizer.py": [
+        ("    gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n    return 2 * gram @ y", "    return 2 * (gram @ y - y)", "operators nearly_orthogonal"),
+        ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "optimizer is_the_update_rule"),
+        ("y * angle.sin() + u * (2 * (angle / 2).sin() ** 2)", "y * angle.sin() + u * (1 - angle.cos())", "operators small_angle"),
+        ("for _ in range(2):", "for _ in range(1):", "operators nearly_along"),
+        ("(1 - beta2) * (h * h).sum(-1, keepdim=True)", "(1 - beta2) * (g * g).sum(-1, keepdim=True)", "optimizer is_the_update_rule"),
+        ("parallel_translate(m, y, d), v", "m, v", "optimizer is_the_update_rule"),
+        ("h_norm.mul_(shorten)", "h_norm.mul_(1)", "fast blocks_is_the_rule"),
+        ("(v + epsilon).sqrt_()", "(v.sqrt() + epsilon)", "paper adamg"),
+        ("(along.abs_() > _CANCELLED * h_norm).any()", "False", "fast nearly_along"),
+        ("high.item() < _LONG and low.item() >= least", "True", "fast huge_and_tiny or any_length"),
+        ("return y, -g if maximize else g, m", "return y, g, m", "pytorch maximize"),
+        ('"nesterov": momentum > 0}', '"nesterov": False}', WRN),
+        ("return p.shape[0] < p.shape[1:].numel()", "return p.shape[0] <= p.shape[1:].numel()", "optimizer groups_by"),
+        ("_write_rows(p, p, unit(_rows(p, p))[0])", "pass", "optimizer groups_by"),
+        ('groups["bn/bias" if p.ndim < 2 else "other"]', 'groups["bn/bias" if "bias" in name else "other"]', GROUPS),
+        ('{**grassmann, "omega": 0.0}', '{**grassmann, "omega": omega}', "invariance groups_by_measurement"),
+        ("if p.dtype in _LOW_PRECISION else p.dtype", "if False else p.dtype", "pytorch narrow_parameters"),
+        ("torch.autocast(device.type, enabled=False)", "torch.autocast(device.type, enabled=True)", "fast autocast"),
+        ("        h = h - tl.sum(y * h, 0) * y\n", "", "fast nearly_along"),
+    ],
+    "scripts/summarize.py": [
+        ('"test_error": median(errors) if', '"test_error": sum(errors) / len(errors) if', "tables median"),
+        ('return 100 - self.epochs[-1]["test_acc"]', 'return 100 - max(epoch["test_acc"] for epoch in self.epochs)', "tables median"),
+        ('(run.options["epochs"], run.options["epoch_step"]) == (paper.epochs, paper.epoch_step)', 'run.options["epochs"] == paper.epochs', "tables where_it_may"),
+        ("paper if paper and paper.images ==", "paper if paper or paper.images ==", "tables where_it_may"),
+        ("lowest = min(medians)", "lowest = max(medians)", "tables side_by_side"),
+        ("value == lowest and len(cell.runs) > 1]", "value == lowest]", "tables single_run"),
+        ("median(errors) - paper if", "paper - median(errors) if", "tables where_it_may"),
+        ('>= self.options["epochs"]', ">= 1", "tables unfinished"),
+        ('NO_RESULT = ("seed", ', 'NO_RESULT = ("seed", "dropout", ', "tables never_in_one_cell"),
+        ('split("\\n")[:-1]', 'split("\\n")', "tables being_written"),
+    ],
+    "scripts/figures.py": [
+        ("steps[drop - 1]", "steps[drop]", "figures and_their_median"),
+        ("seconds / 60 for", "seconds for", "figures and_their_median"),
+        ("if epoch <= last]", "]", "figures stand_behind_ours"),
+        ("[len(run.epochs) // 5 :]", "", "figures fifth"),
+    ],
+    "scripts/sweep.py": [
+        ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),
+        ('re.sub("(^|,)-.*", "", named)', "named", "sweeps gpus_by_turns"),
+        ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
+        ("// jobs))", "))", "sweeps gpus_by_turns"),
+        ("start_new_session=True", "start_new_session=False", "sweeps asks_each_run_once"),
+        ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGTERM", "sweeps second_signal"),
+        ("if answered == 0 or number != signal.SIGHUP:", "if True:", "sweeps lost_terminal"),
+        ("and queue and not signals:", "and queue:", "sweeps asks_each_run_once"),
+        ("failures, signals = run_all(cells, last, not flags, slots)", "failures, signals = run_all(cells, last, True, slots)", "sweeps judges_finished"),
+        ("|seed|epochs|", "|seed|", "sweeps mistake"),
+    ],
+}
+# fmt: on
+
+
+class Fault(NamedTuple):
+    """A row of the table; without a file the tests run as they are."""
+
+    number: int
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+    def __str__(self) -> str:
+        words = " ".join(f"{self.text} -> {self.replacement}".split())
+        return f"{self.number:3} {self.file.removeprefix('scripts/')}: {words}"
+
+    def source(self) -> str:
+        """The file with the fault; SystemExit where the text does not stand there once."""
+        source = (ROOT / self.file).read_text()
+        if (count := source.count(self.text)) != 1:
+            sys.exit(f"fault {self.number}: {self.text!r} stands {count} times in {self.file}, not once")
+        return source.replace(self.text, self.replacement)
+
+
+def copy_files(tree: Path) -> None:
+    """Copy the files that git knows or would not ignore."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, text=True).splitlines():
+        if not name.startswith(LINKED) and (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    for name in LINKED:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).symlink_to(ROOT / name)
+
+
+def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
+    """pytest's exit code for a copy with the fault, its seconds, and what it printed. In a process of its own."""
+    started = time.monotonic()
+    selections = [selection.partition(" ") for selection in fault.tests.split("; ")]
+    files = sorted({FILES[name] for name, _, _ in selections})
+    expression = " or ".join(f"({words})" for _, _, words in selections)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy_files(Path(folder))
+        if fault.file:
+            Path(folder, fault.file).write_text(fault.source())
+        with Path(folder, "output.txt").open("w+b") as output:
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            os.chdir(folder)
+            words = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={LIMIT}", "-m", "not long"]
+            code = int(import_module("pytest").main([*words, *files, "-k", expression]))
+            sys.stdout.flush()
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        os.chdir(ROOT)
+    return fault, code, time.monotonic() - started, text
+
+
+def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
+    """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
+    verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"pytest: {code}")
+    verdict = "too slow" if "Timeout (>" in text else verdict
+    print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
+    if code > 1:
+        print(text[-2000:])
+    return verdict == "caught"
+
+
+def main(words: list[str]) -> int:
+    """Try the faults that the words name, or all; the exit code."""
+    rows = [(file, *row) for file, rows in FAULTS.items() for row in rows]
+    faults = [Fault(number, *row) for number, row in enumerate(rows, 1)]
+    for fault in faults:
+        fault.source()
+    if words:
+        named = [w for w in words if not w.isdigit()]
+        faults = [f for f in faults if str(f.number) in words or any(w in str(f) for w in named)]
+    for name in SLOW_IMPORTS:
+        import_module(name)
+    jobs = int(os.environ.get("JOBS", 2))
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        every = "; ".join({fault.tests for fault in faults})
+        _, code, _, text = pool.apply(run_tests, [Fault(0, "", "", "", every)])
+        if code != 0:
+            print(text[-3000:], "these tests must pass without a fault", sep="\n")
+            return 1
+        caught = [is_caught(*result) for result in pool.imap(run_tests, faults)]
+    print(f"{sum(caught)} of {len(faults)} faults are caught")
+    return 0 if faults and all(caught) else 1
+
+
+if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.exit(main(sys.argv[1:]))
