@@ -21,7 +21,7 @@ import pytest
 from helpers import ROOT, call, write_archive
 from sweep import finished
 
-import main
+import options
 from utils import lock_directory
 
 TABLES = {"table1": "table1_cifar.sh", "table2": "table2_svhn.sh"}
@@ -130,7 +130,7 @@ def parsed(line):
     """The options of a printed line, by the real main.py's parser."""
     words = shlex.split(line)
     assert (words[0], words[2], words[4]) == ("cd", "&&", "main.py")
-    return main.make_parser().parse_args(words[5:])
+    return options.make_parser().parse_args(words[5:])
 
 
 def calls(root):
