@@ -1,6 +1,7 @@
 """Every faster path is the update rule: in blocks, the Triton kernel by its interpreter, compiled steps."""
 
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -65,14 +66,21 @@ def assert_same(got, expected, dtype):
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(deadline=None, max_examples=25)
-@given(rows=st.integers(1, 9), n=st.integers(2, 70), exponent=st.integers(-8, 8), seed=st.integers(0, 2**31))
-def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, n, exponent, seed):
+@given(
+    rows=st.integers(1, 9),
+    block=st.integers(1, 9),
+    n=st.integers(2, 70),
+    exponent=st.integers(-8, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, block, n, exponent, seed):
     scale = 10.0**exponent if clip else 10.0 ** min(exponent, 0)
     y, g, m, v = random_layer(rows, n, adam, dtype, scale=scale, seed=seed)
     expected = by_rule(y, g, m, v, 0.2, 3, clip)
     options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
     before = g.clone()
-    go._advance(y, g, m, v, rate_of(0.2, 3, adam), **options)
+    with unittest.mock.patch.object(go, "_BLOCK", block * n):
+        go._advance(y, g, m, v, rate_of(0.2, 3, adam), **options)
     assert torch.equal(g, before)
     assert_same((y, m, v), expected, dtype)
 

@@ -44,17 +44,23 @@ def run_optimizer(Optimizer, weight, gradients, **options):
 def test_the_optimizer_is_the_update_rule(Optimizer, dtype):
     weight = torch.randn(4, 3, 3, 3, dtype=dtype)
     gradients = [torch.randn(4, 3, 3, 3, dtype=dtype) for _ in range(5)]
+    options = {"omega": 0.2, "grad_clip": 0.4}
+    adam = {"beta2": 0.95, "epsilon": 1e-3} if Optimizer is AdamG else {}
     y = weight.double().flatten(1)
     tau, v = torch.zeros_like(y), torch.zeros(4, 1, dtype=y.dtype)
     for t, g in enumerate(gradients, 1):
         g = g.double().flatten(1)
         if Optimizer is SGDG:
-            y, tau = go.sgdg_update(y, g, tau, lr=0.2, momentum=0.9, omega=0.1, grad_clip=0.1)
+            y, tau = go.sgdg_update(y, g, tau, lr=0.3, momentum=0.7, **options)
         else:
             step = torch.tensor(t, dtype=y.dtype)
-            rates = {"lr": 0.2, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
-            y, tau, v = go.adamg_update(y, g, tau, v, step, **rates, omega=0.1, grad_clip=0.1)
-    got = run_optimizer(Optimizer, weight, gradients).flatten(1).double()
+            rates = {"lr": 0.3, "beta1": 0.7, **adam}
+            y, tau, v = go.adamg_update(y, g, tau, v, step, **rates, **options)
+    got = (
+        run_optimizer(Optimizer, weight, gradients, lr=0.3, momentum=0.7, **options, **adam)
+        .flatten(1)
+        .double()
+    )
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert_close(got, y, rtol=tolerance, atol=tolerance)
 
