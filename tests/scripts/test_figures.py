@@ -98,8 +98,19 @@ def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels):
         figures.draw_row, make_row(make_run("SGD", 4.0, written=10, epochs=10)), Path(), "epoch"
     )
     low, high = error.get_ylim()
-    assert low < 4
+    assert 2 < low < 4
     assert 18 < high < 20
+    wide = make_row(make_run("SGD", 0.5, written=10, epochs=10))
+    assert panels(figures.draw_row, wide, Path(), "epoch")[1].get_ylim()[0] == 0
+
+
+def test_a_single_epoch_is_a_dot_and_drops_stand_where_they_were_reached(panels):
+    for written, reached in ((1, set()), (2, {2}), (3, {2, 3})):
+        loss, _ = panels(figures.draw_row, make_row(make_run("SGD", 4.0, written=written)), Path(), "epoch")
+        assert drops(loss) == reached
+        assert [line.get_marker() for line in loss.lines if line.get_marker() != "None"] == ["o"] * (
+            written == 1
+        )
 
 
 @pytest.mark.parametrize(("dataset", "model"), PAPER_NETWORKS)
