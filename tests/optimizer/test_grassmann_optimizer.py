@@ -177,6 +177,7 @@ def test_groups_by_type_and_shape():
             "conv1d": nn.Conv1d(4, 8, 3),
             "conv3d": nn.Conv3d(2, 4, 3),
             "wide": nn.Conv2d(2, 32, 3),
+            "square": nn.Conv2d(8, 8, 1),
             "transposed": nn.ConvTranspose2d(4, 8, 3),
             "frozen": nn.Conv2d(8, 8, 3).requires_grad_(False),
             "linear": tied,
@@ -188,7 +189,7 @@ def test_groups_by_type_and_shape():
     groups = {g["name"]: g for g in grassmann_param_groups(model, 0.01, 0.2, weight_decay=1e-3, bn_decay=1e-4)}
     params = {k: set(map(id, g["params"])) for k, g in groups.items()}
     assert params["on G(1,n)"] == {id(model["conv1d"].weight), id(model["conv3d"].weight)}
-    others = (model[k].weight for k in ("wide", "transposed", "linear", "embedding"))
+    others = (model[k].weight for k in ("wide", "square", "transposed", "linear", "embedding"))
     assert params["other"] == set(map(id, others))
     assert params["bn/bias"] == {id(p) for p in model.parameters() if p.ndim < 2 and p.requires_grad}
     assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
