@@ -93,13 +93,19 @@ def test_a_figure_shows_the_runs_and_their_median(panels, x):
 
 
 def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels):
-    """Errors 22, 20, ... 4: the first two would press the last ones together."""
-    _, error = panels(
-        figures.draw_row, make_row(make_run("SGD", 4.0, written=10, epochs=10)), Path(), "epoch"
-    )
-    low, high = error.get_ylim()
-    assert low < 4
-    assert 18 < high < 20
+    """Errors 26, 24, ... 8: the first two would press the last ones together. From 0 on, if that is near."""
+    for last in (8.0, 1.0):
+        row = make_row(make_run("SGD", last, written=10, epochs=10))
+        low, high = panels(figures.draw_row, row, Path(), "epoch")[1].get_ylim()
+        assert last + 14 < high < last + 18
+        assert 6 < low < 8 if last == 8 else low == 0
+
+
+def test_a_single_epoch_is_a_dot_and_drops_stand_where_they_were_reached(panels):
+    for written, reached in ((1, set()), (2, {2}), (3, {2, 3})):
+        loss, _ = panels(figures.draw_row, make_row(make_run("SGD", 4.0, written=written)), Path(), "epoch")
+        assert drops(loss) == reached
+        assert ("o" in [line.get_marker() for line in loss.lines]) == (written == 1)
 
 
 @pytest.mark.parametrize(("dataset", "model"), PAPER_NETWORKS)

@@ -709,6 +709,7 @@ class TestLock:
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
         (save / "lock").write_text("process 1 on a machine that is gone")
         assert call("--resume", save, "--epochs", 3).code == 0
+        assert re.fullmatch(rf"process {os.getpid()} on \S+", (save / "lock").read_text())
 
     def test_a_file_system_without_locks_is_one_sentence(self, tiny, tmp_path, monkeypatch):
         def no_locks(*args):

@@ -156,6 +156,10 @@ class TestTensorBoard:
         assert found == wanted  # SGD's too: the directions of the same layers
         for tag in found:
             assert [e.step for e in events.Scalars(tag)] == [1, 2]
+        for name in report.GrassmannProbe.NAMES:  # over all layers: the mean
+            values = [[e.value for e in events.Scalars(f"per_layer_{name}/{layer}")] for layer in layers]
+            means = [sum(of_epoch) / len(layers) for of_epoch in zip(*values, strict=True)]
+            assert [e.value for e in events.Scalars(f"grassmann/{name}")] == pytest.approx(means, rel=1e-5)
 
     def test_has_configuration_pictures_and_hyperparameters_in_the_same_run(self, finished):
         save = finished["AdamG"][0]
