@@ -101,7 +101,6 @@ def orthogonality_gradient(y: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- 2. update rules
-#
 # The definition of both methods. The optimizers compute it by section 5, which the tests hold equal to this.
 
 
