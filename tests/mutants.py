@@ -77,7 +77,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("os.utime(options.save / CHECKPOINT)", "pass", "sweeps real_thing"),
         ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
-        ("progress.show(mean_loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
+        ("progress.show(loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
