@@ -7,15 +7,15 @@ Grassmann manifold G(1, n), represented by a unit vector. A convolution weight o
 `out` such points in R^n, n = in*kh*kw: the rows of a matrix. Rows move along geodesics (great circles) and
 momentum is carried along by parallel translation.
 
-Letters, as in the paper, all row by row:
+Letters, all row by row (docs/method.md compares them with the authors' poster):
     y    point on G(1, n), a unit row              g    Euclidean gradient of the loss at y
     h    gradient on G(1, n), tangent at y         d    step, tangent at y: y moves to exp_y(d)
     tau  momentum of SGD-G, tangent at y           m, v  first and second moment of Adam-G, v a scalar a row
     nu   norm clipping's threshold (`grad_clip`)   omega  strength of the orthogonality regularizer
+In the operators of Eq. 7 to 9 h is any tangent vector; the update rules put the step d there.
 
 In this order: 1. operators, 2. update rules, 3. optimizers, 4. a model's parameters. A reader of the paper
-may stop before 5, which computes the rules of 2 faster. The file needs nothing but torch and can be copied
-into any project.
+may stop before 5, the rules of 2 made fast. This file needs torch alone and can be copied into any project.
 """
 
 import difflib
@@ -101,6 +101,7 @@ def orthogonality_gradient(y: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- 2. update rules
+# The definition of both methods. The optimizers compute it by section 5, which the tests hold equal to this.
 
 
 def _riemannian_gradient(y: Tensor, g: Tensor, omega: float, grad_clip: float | None) -> Tensor:
@@ -162,7 +163,7 @@ class _GrassmannOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's; ValueError for an option out of range or misspelt, a weight without rows on G(1, n)."""
+        """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
         _check_options({**self.defaults, **param_group}, known=[*self.defaults, "params"])
         super().add_param_group(param_group)
         try:
@@ -220,7 +221,7 @@ class _GrassmannOptimizer(Optimizer):
         return {"momentum_buffer": tuple(p.shape)}
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
-        """Length of each weight's step per unit of momentum, lr in SGD-G: (weights,), on their device."""
+        """The lr of each weight, in Adam-G times its bias correction: (weights,), on their device."""
         like = {"dtype": _arithmetic(params[0]), "device": params[0].device}
         lr = group["lr"]
         lr = lr.to(**like, non_blocking=True) if isinstance(lr, Tensor) else torch.full((), lr, **like)
@@ -250,14 +251,14 @@ class _GrassmannOptimizer(Optimizer):
                 state["momentum_buffer"] = buffer
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, but on G(1, n) the state of narrow weights stays float32, and `step` moves too.
+        """As torch's, but state on G(1, n) stays float32 for narrower weights; `step` goes to their device.
 
         Takes over the state of the authors' PyTorch optimizer of the same kind, weight by weight in its
         order: momentum is (rows, n) there, and Adam-G's entries have other names (`AdamG._adapted_state`).
 
         Raises:
             ValueError: what is loaded is the state of another optimizer, or of weights of other shapes: an
-                entry is missing, unknown, or not of its shape. The optimizer is as it was then.
+                entry is missing, unknown, or not of its shape. The optimizer is then unchanged.
         """
         loaded: dict = {}  # what the user's hooks have made of state_dict, in our terms
 
@@ -398,7 +399,7 @@ class AdamG(_GrassmannOptimizer):
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)  # this step's number
         lr = super()._rates(params, group)
         step = torch.stack(steps).to(lr.dtype)
         return lr * _bias_correction(step, group["momentum"], group["beta2"])
@@ -454,10 +455,8 @@ def _check_rows(p: Tensor, omega: float) -> None:
     if n == 1:
         raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter {which}")
     if omega > 0 and rows > n:
-        need = (
-            f"omega={omega} asks for orthogonal rows, but a parameter {which} has {rows} rows of {n} elements"
-        )
-        raise ValueError(f"{need}; give it a group with omega=0")
+        need = f"omega={omega} asks for orthogonal rows, but a parameter {which} has {rows} rows of {n}"
+        raise ValueError(f"{need} elements; give it a group with omega=0")
 
 
 # ------------------------------------------------------------------------------------ 4. a model's parameters
@@ -469,7 +468,7 @@ def grassmann_weights(
     """Which of a model's trainable weights are on G(1, n), by name, tied ones once. Nothing is changed.
 
     Args:
-        select: "shape", the paper's rule by module type and shape, not by name: weights of Conv1d/2d/3d with
+        select: "shape", the authors' rule by module type, not by name: weights of Conv1d/2d/3d with
             fewer rows than elements in a row. Or "measured": all that `scale_invariance(model, loss_fn)`
             finds invariant.
         loss_fn: for "measured", as in `scale_invariance`.
@@ -502,7 +501,7 @@ def grassmann_param_groups(
     weight_decay: float = 5e-4, bn_decay: float = 0.0,
     select: str = "shape", loss_fn: Callable[[nn.Module], Tensor] | None = None,
 ) -> list[dict]:  # fmt: skip
-    """Sort a model's trainable parameters into the paper's groups, named, ready for `SGDG` or `AdamG`.
+    """Sort a model's trainable parameters into the authors' groups, named, ready for `SGDG` or `AdamG`.
 
         "on G(1,n)"  `grassmann_weights(model, select, loss_fn)`: lrg, momentum, omega, grad_clip
         "bn/bias"    other parameters with fewer than two dimensions: lr, Nesterov momentum, bn_decay
@@ -789,15 +788,13 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
 
 # In one Triton kernel.
 _LONGEST_ROW = 8192  # elements that a program of the kernel holds in registers; longer rows go in blocks
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # comes with torch where there is a GPU
-_KERNEL_DEVICE = "cuda" if _HAS_TRITON else None
+_KERNEL_DEVICE = "cuda" if importlib.util.find_spec("triton") else None  # torch brings it for a GPU
 
 
 def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None):
-    """`_advance` for all rows of all layers in one launch of a Triton kernel: each element is read and
-    written once.
+    """`_advance` for all rows of all layers in one launch of a Triton kernel, which reads each element once.
 
-    layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW. rates: (layers,) float32 on the device.
+    layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW; rates: (layers,) float32 on the device;
     table, layer_of_row: from `_host_table`.
     """
     longest = max(y.shape[1] for y, *_ in layers)
@@ -844,7 +841,7 @@ class _AddressTables:
         return self._last[group, device][1]
 
 
-if _HAS_TRITON:
+if _KERNEL_DEVICE:
     import triton
     import triton.language as tl
 

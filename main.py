@@ -120,7 +120,7 @@ class Training:
         return EpochPlan(n, options.batch_size, seed=options.seed, epoch=self.epoch, pad=pad, flip=flip)
 
     def step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on a batch of `inputs`: the loss () and the logits (B, classes) before the step."""
+        """One step on a batch from `inputs`; returns loss () and logits (B, classes) before the update."""
         with self.autocast():
             logits = self.forward(x)
             loss = cross_entropy(logits, labels)
@@ -168,7 +168,7 @@ class Training:
     def state(self) -> dict:
         """The checkpoint: tensors and plain Python values only."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        del parts["schedule"]["milestones"]  # an option
+        del parts["schedule"]["milestones"]  # --epoch_step says them
         return {
             **parts,
             **{name: getattr(self, name) for name in self.PLAIN},
@@ -199,7 +199,7 @@ class Training:
 
 
 def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
-    """Train from batch t.batch to the end of the epoch, or until `stop`. No step waits for the device."""
+    """Train from batch t.batch to the end of the epoch, or until `stop`. Waits for the device ten times."""
     options, plan = t.options, t.plan()
     read_every, probe_every = math.ceil(len(plan) / 10), math.ceil(len(plan) / 4)
     pin = t.device.type == "cuda"
@@ -216,8 +216,8 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
             if t.batch % read_every == 0:
                 if t.bad_step.item():
                     t.check_finite()
-                mean_loss, wrong = (t.sums / t.batch).tolist()
-                progress.show(mean_loss, 100 * wrong / options.batch_size, t.batch)
+                loss, wrong = (t.sums / t.batch).tolist()  # means of a step
+                progress.show(loss, 100 * wrong / options.batch_size, t.batch)
             if stop:
                 break
     t.check_finite()  # waits for the device: what follows is timed right
@@ -286,7 +286,7 @@ def epoch_statistics(t: Training, probe: dict, test_loss: float, test_error: flo
         "num_classes": len(t.data.classes),
         **probe,
         **t.options.of_run(),
-        **t.learning_rates(),
+        **t.learning_rates(),  # this epoch's, in place of the first
     }
 
 
@@ -305,7 +305,7 @@ def train(t: Training, stop: StopRequest) -> int:
         while t.epoch < options.epochs:
             if t.batch < steps:
                 train_epoch(t, batches, stop)
-            # Not if the deadline has come: a run with less time than an evaluation takes would never get on.
+            # Also past the deadline: a run given less time than an evaluation takes would never get on.
             if t.batch == steps and not stop.by_signal:
                 end_epoch(t, log, board, stop)
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
@@ -347,7 +347,7 @@ def print_summary(options: Options, checkpoint: dict | None) -> None:
 
 
 def check_network(options: Options) -> None:
-    """UsageError for a depth, width or dropout that the network does not take, before any data are read."""
+    """UsageError for a depth that the network does not have, before any data are read."""
     try:
         with torch.device("meta"):
             make_model(options, 10)

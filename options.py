@@ -74,7 +74,7 @@ LEGACY = {
 
 @dataclass(frozen=True)
 class Options:
-    """All options of one call of main.py. None: the method or model has no use for it."""
+    """All options of one call of main.py. None: off, not given, or of no use to the method or model."""
 
     model: str
     depth: int | None
@@ -288,10 +288,9 @@ def add_optimization_flags(group) -> None:
     add_flag(group, "--batchSize", "--batch_size", dest="batch_size", type=batch, help="pictures in a step")
     add_flag(group, "--lr", type=rate, help="learning rate of everything that is not on G(1,n)")
     add_flag(group, "--lrg", type=rate, help="learning rate on G(1,n)")
-    add_flag(group, "--momentum", type=number(float, 0, 1), help="of SGD and SGD-G; beta1 of Adam-G")
-    add_flag(
-        group, "--weightDecay", "--weight_decay", dest="weight_decay", type=rate, help="of other weights"
-    )
+    add_flag(group, "--momentum", type=number(float, 0, 1), help="momentum; beta1 of Adam-G on G(1,n)")
+    weight_decay = "weight decay of weights that are not on G(1,n)"
+    add_flag(group, "--weightDecay", "--weight_decay", dest="weight_decay", type=rate, help=weight_decay)
     bn_decay = "weight decay of BN and biases"
     add_flag(group, "--bnDecay", "--bn_decay", dest="bn_decay", type=rate, help=bn_decay)
     add_flag(group, "--omega", type=rate, help="orthogonality regularizer on G(1,n)")
@@ -309,7 +308,7 @@ def add_run_flags(group) -> None:
     """Where and how it runs, and what a call does."""
     save = "logs/<dataset>/<model>/<method>/seed<k>"
     add_flag(group, "--save", type=non_empty, default=save, help="the run's directory")
-    resume = "continue the run in DIR, or a file; auto: that in --save, if any"
+    resume = "run directory or checkpoint to continue; auto: the run in --save, if there is one"
     add_flag(group, "--resume", type=non_empty, metavar="DIR", default="none", help=resume)
     evaluate = "evaluate the checkpoint that --resume names; no training"
     add_flag(group, "--eval", action="store_true", default="off", help=evaluate)
@@ -336,14 +335,14 @@ def parse_options(
     check: Callable[[Options], object] = lambda options: None,
     claim: Callable[[Path, bool], object] = lambda save, own: None,
 ) -> tuple[Options, dict | None]:
-    """The options, and the checkpoint to start from, if any. One that is given without an effect is named.
+    """The options, and the checkpoint to start from, if any. Says which given options have no effect.
 
     Args:
         argv: as `sys.argv[1:]`, or None for that.
         check: raises a UsageError for options that do not go together.
         claim: called once as `claim(save, own)` with the directory that a run will write to; `own`: the run
-            that is in it is the one to continue. Then it comes before the checkpoint there is read, as a run
-            that is just ending might still write. Not for --eval and --summary, nor for a finished run.
+            in it is the one to continue, and it is claimed before its checkpoint is read, since a run that is
+            just ending might still write. Not for --eval and --summary, nor for a finished run.
 
     Raises:
         UsageError: a flag or value that is not accepted, or one that differs from the checkpoint's.

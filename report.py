@@ -1,7 +1,7 @@
 """What a person sees of a run: its start, progress, a line for each epoch, TensorBoard, diagnostics on
 G(1,n).
 
-Also the evaluation's table and --summary. Whatever is printed fits 80 columns.
+Also the evaluation's table and --summary. Tables and the lines of a run fit 80 columns.
 """
 
 import sys
@@ -186,7 +186,7 @@ class Board:
         metrics = {"hparam/test_error": 100 - stats["test_acc"], "hparam/train_loss": stats["train_loss"]}
         hparams = {}
         for name, value in options.of_run().items():
-            if name == "epochs" or name not in MAY_CHANGE:
+            if name == "epochs" or name not in MAY_CHANGE:  # what may change on the way has no part in it
                 plain = "none" if value is None else value
                 hparams[name] = str(plain) if isinstance(plain, list) else plain
         # Not by add_hparams: it writes a second file, which may be read before the first and so be purged.
@@ -263,8 +263,7 @@ class GrassmannProbe:
         self.steps = state["steps"]
 
     def read(self) -> tuple[dict[str, float | None], dict[str, float]]:
-        """Means over the measured steps, then start anew: over all layers by name, and layer by layer by
-        tag."""
+        """Means over the measured steps: over all layers by name, of each by its tag. Starts anew."""
         if not self.layers or not self.steps:
             return dict.fromkeys(self.NAMES), {}
         means = (self.sums / self.steps).cpu()

@@ -1,8 +1,7 @@
-"""What a run needs besides the mathematics: its directory, its generators, errors for the user, a polite
-stop.
+"""What a run needs besides the mathematics: its directory, generators, errors for the user, a polite stop.
 
-A run is a directory: `config.json`, `log.txt`, TensorBoard events and `checkpoint.pt`. Everything that reads
-results reads such directories; everything that resumes needs only the directory.
+A run is a directory: `config.json`, `log.txt`, TensorBoard events, `checkpoint.pt` and `lock`. Everything
+that reads results reads such directories; everything that resumes needs only the directory.
 """
 
 import errno
@@ -38,7 +37,7 @@ class UsageError(UserError):
 
 
 def answer(run: Callable[[], int]) -> int:
-    """The exit code of `run`, where what the user can mend has become one sentence on standard error."""
+    """Run it and return the exit code; what the user can mend becomes one sentence on standard error."""
     try:
         return run()
     except UserError as error:
@@ -138,8 +137,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def names_of_today(params: dict, stats: dict) -> dict:
     """A state dict from the authors' parameters and running averages: their convolutions lack `.weight`."""
-    conv = {name: name if name.endswith((".weight", ".bias")) else f"{name}.weight" for name in params}
-    return {**{conv[name]: value for name, value in params.items()}, **stats}
+    new = {name: name if name.endswith((".weight", ".bias")) else f"{name}.weight" for name in params}
+    return {**{new[name]: value for name, value in params.items()}, **stats}
 
 
 def load_weights(model: nn.Module, checkpoint: dict) -> None:
@@ -274,9 +273,9 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def make_repeatable() -> None:
-    """The same bits after a resume, on a GPU too; channels_last lets cuDNN choose well without a search."""
+    """Torch's global settings: deterministic, TF32 for convolutions only; and one warning off."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # channels_last lets cuDNN choose well without a search
     # TF32 for float32 convolutions only: the regularizer needs exact matrix products.
     torch.backends.cudnn.allow_tf32 = True
     # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
@@ -348,6 +347,8 @@ class StopRequest:
 
     Args:
         deadline: on `time.monotonic()`'s clock, in seconds; None: none.
+
+    From here on the first of these signals is noted, and a second one ends the process.
     """
 
     def __init__(self, deadline: float | None):

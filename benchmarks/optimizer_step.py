@@ -2,10 +2,10 @@
 
     python benchmarks/optimizer_step.py --depth 28 --width 10 [--device cuda] [--rounds 15] [--json FILE]
 
-Every variant updates the same parameters with the same random gradients, so that only the optimizers differ. SGD has
-the paper's options (Nesterov momentum, weight decay) unless said otherwise. Prints medians, the ratio to
-torch.optim.SGD(foreach=True), and the peak of the memory that a step allocates and frees.
-geoopt's RiemannianSGD and adamp's SGDP are included where they are installed.
+Every variant updates the same parameters with the same random gradients, so that only the optimizers differ.
+SGD has the paper's options (Nesterov momentum, weight decay) unless said otherwise. Prints medians, the ratio
+to torch.optim.SGD(foreach=True), and the peak of the memory that a step allocates and frees. geoopt's
+RiemannianSGD and adamp's SGDP are included where they are installed.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def matrix_products(matrices: list[Tensor]) -> Callable[[], None]:
 
 
 def copies(params: list[Tensor]) -> Callable[[], None]:
-    """Copy as many bytes as a step must move: it reads y, g, tau and writes y, tau; a copy reads one and writes one."""
+    """Copy the bytes that a step moves: it reads y, g, tau, writes y, tau; a copy reads one, writes one."""
     sizes = [p.numel() for p in params]
     source = torch.randn(sum(sizes) * 5 // 2, device=params[0].device)
     target = torch.empty_like(source)
@@ -104,7 +104,8 @@ def installed_elsewhere(matrices: list[Tensor]) -> dict[str, Callable[[], object
         spheres = [geoopt.ManifoldParameter(m.data, manifold=geoopt.SphereExact()) for m in matrices]
         for sphere, matrix in zip(spheres, matrices, strict=True):
             sphere.grad = matrix.grad
-        variants["geoopt RiemannianSGD, the same"] = geoopt.optim.RiemannianSGD(spheres, lr=1e-4, momentum=0.9).step
+        optimizer = geoopt.optim.RiemannianSGD(spheres, lr=1e-4, momentum=0.9)
+        variants["geoopt RiemannianSGD, the same"] = optimizer.step
     except ImportError:
         print("geoopt is not installed: left out")
     try:
@@ -144,7 +145,7 @@ def peak_memory(step: Callable[[], object], cuda: bool) -> int:
     return peak
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--depth", type=int, default=28)
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="times that each variant takes its turn")
     parser.add_argument("--json", type=Path, help="write all times here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cuda = args.device == "cuda"
 
     torch.manual_seed(0)
@@ -172,21 +173,24 @@ def main() -> None:
     report(args, model, times, peaks)
 
 
-def report(args: argparse.Namespace, model: nn.Module, times: dict[str, list[float]], peaks: dict[str, int]) -> None:
+def report(args: argparse.Namespace, model: nn.Module, times: dict[str, list[float]], peaks: dict) -> None:
     """Print the table and write the JSON."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     parameters = sum(p.numel() for p in model.parameters())
-    title = f"WRN-{args.depth}-{args.width}, {parameters:,} parameters, {device}, {torch.get_num_threads()} threads"
-    print(f"{title}, torch {torch.__version__}, {args.rounds} interleaved rounds")
+    title = f"WRN-{args.depth}-{args.width}, {parameters:,} parameters, {device}"
+    versions = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{title}, {versions}, {args.rounds} interleaved rounds")
     print(f"{'':30} {'median ms':>10} {'min':>9} {'/ SGD foreach':>14} {'peak MB':>9}")
     for name, median in medians.items():
         ratio = median / medians["SGD foreach"]
-        print(f"{name:30} {1e3 * median:10.2f} {1e3 * min(times[name]):9.2f} {ratio:14.2f} {peaks[name] / 1e6:9.1f}")
+        least, peak = 1e3 * min(times[name]), peaks[name] / 1e6
+        print(f"{name:30} {1e3 * median:10.2f} {least:9.2f} {ratio:14.2f} {peak:9.1f}")
     floor = {omega: medians["copy of a step's bytes"] for omega in ("0", "0.1")}
     floor["0.1"] += medians["matrix products alone"]
     print("SGDG over the floor (copy; with omega the matrix products besides):", end="")
-    print(*(f" omega={omega}: {medians[f'SGDG omega={omega}'] / value:.2f}" for omega, value in floor.items()), sep=",")
+    ratios = {omega: medians[f"SGDG omega={omega}"] / value for omega, value in floor.items()}
+    print(*(f" omega={omega}: {ratio:.2f}" for omega, ratio in ratios.items()), sep=",")
     if args.json:
         data = {"device": device, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         data |= {"depth": args.depth, "width": args.width, "seconds": times, "peak_bytes": peaks}

@@ -2,10 +2,10 @@
 
     python benchmarks/regularizer_precision.py [--rows 640] [--columns 5760] [--json FILE]
 
-For random unit rows, and for rows that the regularizer itself has made nearly orthogonal, the gradient 2 (Y Y' - I) Y,
-projected onto the tangent spaces, is compared with float64: |error| / |gradient|, over all rows. "tf32" and "bfloat16"
-round both operands of a product to that type and accumulate in float32, as the hardware does; "I afterwards" is the
-other order, 2 (Y Y' Y - Y).
+For random unit rows, and for rows that the regularizer itself has made nearly orthogonal, the gradient
+2 (Y Y' - I) Y, projected onto the tangent spaces, is compared with float64: |error| / |gradient|, all rows.
+"tf32" and "bfloat16" round both operands of a product to that type and accumulate in float32, as the hardware
+does; "I afterwards" is the other order, 2 (Y Y' Y - Y).
 """
 
 import argparse
@@ -54,13 +54,13 @@ def nearly_orthogonal(y: Tensor, steps: int) -> Tensor:
     return unit(p.detach())[0]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--columns", type=int, default=5760)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     random = unit(torch.randn(args.rows, args.columns))[0]
     ways = {
@@ -72,8 +72,8 @@ def main() -> None:
     figures = {}
     print(f"Relative error of the projected gradient, {args.rows} rows of {args.columns} elements")
     print(f"{'rows':16} {'off':>11} " + " ".join(f"{name:>21}" for name in ways))
-    for name, steps in (("random", 0), ("after 20 steps", 20), ("after 60 steps", 60), ("after 100 steps", 100)):
-        y = nearly_orthogonal(random, steps)
+    for steps in (0, 20, 60, 100):
+        y, name = nearly_orthogonal(random, steps), f"after {steps} steps" if steps else "random"
         exact = project(y.double(), orthogonality_gradient(y.double()))
         errors = {way: ((project(y, f(y)) - exact).norm() / exact.norm()).item() for way, f in ways.items()}
         gram = y.double() @ y.double().T

@@ -2,8 +2,8 @@
 
     python benchmarks/scale_invariance.py [--depth 28] [--width 10] [--json FILE]
 
-WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random pictures:
-one forward and backward pass each, in float32 on the CPU.
+WRN-28-10 (resnet.py), VGG-13 (vgg.py) and torchvision's ResNet-18, at their initial weights, on random
+pictures: one forward and backward pass each, in float32 on the CPU.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from resnet import WideResNet
 from vgg import VGG
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure and print one line per weight."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--depth", type=int, default=28, help="of the Wide ResNet")
     parser.add_argument("--width", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     networks = {  # and the pictures: how many, and their size
         f"WRN-{args.depth}-{args.width}": (WideResNet(args.depth, args.width, 10, dropout=0.3), 4, 32),

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Every network of the paper's tables with every method: a whole short run of main.py each, in minutes on 2 cores.
-# The pictures are noise, and few: 4 to train in 2 steps, 2 to test, as WRN-40-10 takes a second for each.
-# A run fails if a loss or a weight is not finite. Everything goes to a temporary directory, removed at the end.
+# Every network of the paper's tables with every method: a whole short run of main.py each, in minutes on 2
+# cores. The pictures are noise, and few: 4 to train in 2 steps, 2 to test, as WRN-40-10 takes a second for
+# each. A run fails if a loss or a weight is not finite. Everything goes to a temporary directory, removed at
+# the end.
 #
-#     bash scripts/smoke_all.sh                JOBS: networks at once, with a core each where there is no GPU (2)
+#     bash scripts/smoke_all.sh        JOBS: networks at once, a core each where there is no GPU (2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

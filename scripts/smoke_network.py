@@ -6,6 +6,7 @@ The three runs share a process: to import PyTorch takes longer than such a run o
 """
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -38,11 +39,11 @@ def train(model: str, method: str, scratch: Path) -> bool:
     with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main.main([*model_flags(model), "--optim_method", method, *data, *short])
     whole = code == 0 and all((save / name).is_file() for name in ("checkpoint.pt", "log.txt"))
-    if whole:
-        print(f"ok      {model} {method} ({time.monotonic() - started:.0f} s)", flush=True)
-    else:
-        last = "\n".join(output.read_text().splitlines()[-5:])
-        print(f"FAILED  {model} {method} with exit code {code}:\n{last}", flush=True)
+    result = f"ok      {model} {method} ({time.monotonic() - started:.0f} s)\n"
+    if not whole:
+        last_lines = "".join(output.read_text().splitlines(keepends=True)[-5:])
+        result = f"FAILED  {model} {method} with exit code {code}:\n{last_lines}"
+    os.write(1, result.encode())  # at once: other networks write to the same place
     shutil.rmtree(save, ignore_errors=True)  # checkpoints of up to 450 MB
     return whole
 

@@ -5,7 +5,7 @@
 #     bash scripts/table2_svhn.sh [--print] [-- FLAGS FOR EACH main.py]
 #
 # The same command again skips what is finished, continues what was interrupted and tries again what failed.
-# --print prints the commands instead, one per line. Environment variables narrow the sweep; lists have spaces:
+# --print prints the commands instead, one per line. Environment variables narrow it; lists have spaces:
 #
 #     MODELS    vgg-N or wrn-D-K               "vgg-13 vgg-19 wrn-16-4 wrn-22-8"
 #     DATASETS                                 "SVHN"
@@ -18,4 +18,5 @@ script=$(realpath "$0")
 cd "$(dirname "$script")/.."
 source scripts/setup.sh
 install_requirements requirements.txt
-exec "$python" scripts/sweep.py "$script" "vgg-13 vgg-19 wrn-16-4 wrn-22-8" "SVHN" 160 "0.375 0.75" "$@"
+exec "$python" scripts/sweep.py "$script" \
+    "vgg-13 vgg-19 wrn-16-4 wrn-22-8" "SVHN" 160 "0.375 0.75" "$@"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that must pass before a change goes in; at most 10 minutes on 2 cores once everything is installed.
+# Everything that must pass before a change goes in; at most 10 minutes on 2 cores once all is installed.
 #
-#     bash scripts/test.sh [--all] [arguments for pytest]        --all: also the tests that take minutes,
-#                                                              and the deliberate faults that tests must notice
+#     bash scripts/test.sh [--all] [arguments for pytest]
+#
+# --all: also the tests that take minutes, and the deliberate faults that the tests must notice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

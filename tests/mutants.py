@@ -152,9 +152,9 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("nn.Dropout(dropout)", "nn.Dropout2d(dropout)", "vgg behind_the_pools"),
     ],
     "grassmann_optimizer.py": [
-        ("    gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n    return 2 * gram @ y", "    return 2 * (gram @ y - y)", "operators nearly_orthogonal"),
-        ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "operators nearly_orthogonal"),
-        ("y * angle.sin() + u * (2 * (angle / 2).sin() ** 2)", "y * angle.sin() + u * (1 - angle.cos())", "operators small_angle"),
+        ("    gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n    return 2 * gram @ y", "    return 2 * (gram @ y - y)", "operators small_part"),
+        ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "optimizer is_the_update_rule"),
+        ("y * angle.sin() + u * (2 * (angle / 2).sin() ** 2)", "y * angle.sin() + u * (1 - angle.cos())", "operators small_turn"),
         ("for _ in range(2):", "for _ in range(1):", "operators nearly_along"),
         ("(1 - beta2) * (h * h).sum(-1, keepdim=True)", "(1 - beta2) * (g * g).sum(-1, keepdim=True)", "optimizer is_the_update_rule"),
         ("parallel_translate(m, y, d), v", "m, v", "optimizer is_the_update_rule"),

@@ -1,8 +1,9 @@
 """What the paper and the authors' code say, in numbers, held against what a run does. Read this file first.
 
 Nothing expected here comes from the code under test: numbers are literal, and `plain_loop` is the training
-once more in plain PyTorch. In this order: a step of each method by hand; which weights are on G(1, n); the
-hyperparameters, and the learning rates epoch by epoch; the paper's tables; runs beside the plain loop.
+once more in plain PyTorch (but for the networks and the drawn order, which tests/training checks). In this
+order: a step of each method by hand; which weights are on G(1, n); the hyperparameters, and the learning
+rates epoch by epoch; the paper's tables; runs beside the plain loop.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the optimizers: the kernel, no waiting for the device, CUDA graphs, moved state."""
+"""What only a GPU can show of the optimizers: kernel, no waiting for the device, CUDA graphs, moved state."""
 
 import copy
 
@@ -27,7 +27,9 @@ def make(Optimizer, device, omega=0.1, **rates):
 def give_gradients(model, step):
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator).to(p.device).to(memory_format=torch.preserve_format)
+        p.grad = (
+            torch.randn(p.shape, generator=generator).to(p.device).to(memory_format=torch.preserve_format)
+        )
 
 
 @BOTH

@@ -1,6 +1,7 @@
-"""Every faster path is the update rule: blocks on the CPU, the Triton kernel by its interpreter, compiled steps."""
+"""Every faster path is the update rule: in blocks, the Triton kernel by its interpreter, compiled steps."""
 
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, unit
 from resnet import WideResNet
 
-DEVICE = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # the kernel's; on the CPU by Triton's interpreter (conftest.py)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel's: on the CPU in Triton's interpreter
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 DECAY, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
@@ -53,9 +52,9 @@ def rate_of(lr, step, adam):
 
 
 def assert_same(got, expected, dtype):
-    """float64: each row to 1e-12 of its norm. float32: y to 1e-6, and to 4e-6 the momentum, whose part along h carries
-    the projection's cancellation (|g| is up to 9 |h| here) undamped, and v, a square of it. Where momentum and gradient
-    nearly cancel, what counts is their size of 0.01.
+    """float64: each row to 1e-12 of its norm. float32: y to 1e-6, and to 4e-6 the momentum, whose part along
+    h carries the projection's cancellation (|g| is up to 9 |h| here) undamped, and v, a square of it. Where
+    momentum and gradient nearly cancel, what counts is their size of 0.01.
     """
     for a, b, single in zip(got, expected, (1e-6, 4e-6, 4e-6), strict=True):
         if a is not None:
@@ -67,14 +66,21 @@ def assert_same(got, expected, dtype):
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @settings(deadline=None, max_examples=25)
-@given(rows=st.integers(1, 9), n=st.integers(2, 70), exponent=st.integers(-8, 8), seed=st.integers(0, 2**31))
-def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, n, exponent, seed):
+@given(
+    rows=st.integers(1, 9),
+    block=st.integers(1, 9),
+    n=st.integers(2, 70),
+    exponent=st.integers(-8, 8),
+    seed=st.integers(0, 2**31),
+)
+def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, block, n, exponent, seed):
     scale = 10.0**exponent if clip else 10.0 ** min(exponent, 0)
     y, g, m, v = random_layer(rows, n, adam, dtype, scale=scale, seed=seed)
     expected = by_rule(y, g, m, v, 0.2, 3, clip)
     options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
     before = g.clone()
-    go._advance(y, g, m, v, rate_of(0.2, 3, adam), **options)
+    with unittest.mock.patch.object(go, "_BLOCK", block * n):
+        go._advance(y, g, m, v, rate_of(0.2, 3, adam), **options)
     assert torch.equal(g, before)
     assert_same((y, m, v), expected, dtype)
 
@@ -216,14 +222,16 @@ def test_compiled_training_steps_are_the_eager_ones(Optimizer, omega):
 @BOTH
 @pytest.mark.parametrize("omega", [0.0, 0.1])
 def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monkeypatch):
-    """Weight, state, table and kernel together, for weights stored in different ways and a learning rate per group."""
+    """Weight, state, table and kernel together, for weights stored in different ways and two groups."""
 
     def train(kernel):
         torch.manual_seed(0)
         shapes = [(4, 3, 3, 3), (8, 4, 3, 3), (4, 27)]  # the last as many rows and columns as the first
         params = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
         params[1].data = params[1].data.to(memory_format=torch.channels_last)
-        params.append(nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2]))  # not dense: worked on as a copy
+        params.append(
+            nn.Parameter(torch.randn(5, 14, device=DEVICE)[:, ::2])
+        )  # not dense: worked on as a copy
         monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
         groups = [{"params": params[:3], "lr": 0.2}, {"params": params[3:], "lr": 0.1}]
         optimizer = Optimizer(groups, momentum=0.9, grassmann=True, omega=omega, grad_clip=0.1)
@@ -235,6 +243,28 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
 
     for by_kernel, in_blocks in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(by_kernel, in_blocks, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_too_long_for_the_kernel_and_other_types_go_in_blocks(monkeypatch):
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE)
+    monkeypatch.setattr(go, "_LONGEST_ROW", 64)
+    by_kernel = []
+    suits = go._suits_kernel
+    monkeypatch.setattr(go, "_suits_kernel", lambda p: suits(p) and (by_kernel.append(p.shape) or True))
+    layers = [random_layer(3, n, False, torch.float32, seed=n) for n in (65, 64, 27)]
+    params = [nn.Parameter(y.clone().to(DEVICE)) for y, *_ in layers]
+    params.append(nn.Parameter(torch.eye(2, 9, dtype=torch.float64, device=DEVICE)))
+    for p, layer in zip(params, layers, strict=False):
+        p.grad = layer[1].to(DEVICE)
+    params[3].grad = torch.ones_like(params[3])
+    optimizer = SGDG(params, lr=0.2, momentum=DECAY, grassmann=True, grad_clip=0.1)
+    optimizer.step()
+    assert by_kernel == [(3, 64), (3, 27)]
+    for p, (y, g, m, _) in zip(params, layers, strict=False):
+        expected = by_rule(y, g, torch.zeros_like(m), None, 0.2, 1, 0.1)
+        assert_same(
+            (p.detach().cpu(), optimizer.state[p]["momentum_buffer"].cpu(), None), expected, torch.float32
+        )
 
 
 @BOTH

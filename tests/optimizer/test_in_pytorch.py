@@ -1,4 +1,4 @@
-"""What users of torch.optim.SGD rely on holds for SGDG and AdamG: each test is one thing that people do with it."""
+"""What users of torch.optim.SGD rely on holds for SGDG and AdamG: a test for each thing that people do."""
 
 import copy
 import functools
@@ -178,7 +178,7 @@ def test_the_defaults_are_checked_even_where_every_group_has_its_own(Optimizer):
 
 @BOTH
 def test_keys_of_schedulers_and_trainers_pass(Optimizer):
-    """One optimizer's groups make another: with what OneCycleLR, CyclicLR, SWALR and trainers write into them."""
+    """One optimizer's groups make another, with what schedulers and trainers write into them."""
     first = Optimizer([("weight", nn.Parameter(torch.ones(2, 3)))], **GRASSMANN)
     schedulers.OneCycleLR(first, max_lr=0.1, total_steps=5)
     schedulers.CyclicLR(first, 0.01, 0.1)
@@ -212,26 +212,17 @@ def test_a_checkpoint_continues_bit_for_bit(Optimizer):
 @BOTH
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_state_stays_float32_when_a_checkpoint_changes_the_parameters_type(Optimizer, narrow):
-    for source, target in ((torch.float32, narrow), (narrow, torch.float32), (narrow, narrow)):
+    pairs = [(torch.float32, narrow), (narrow, torch.float32), (narrow, narrow), (torch.float64, narrow)]
+    for source, target in pairs:
         first, second = (Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (source, target))
         train(first, range(3))
         second.load_state_dict(through_a_file(first.state_dict()))
-        for p, q in zip(first.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
-            assert set(second.state[q]) == set(first.state[p])
-            for key, value in second.state[q].items():
+        for a, b in zip(first.state.values(), second.state.values(), strict=True):
+            assert set(b) == set(a)
+            for key, value in b.items():
                 assert value.dtype == torch.float32
-                assert torch.equal(value, first.state[p][key])
+                assert torch.equal(value, a[key].float())
         train(second, [3])
-
-
-@BOTH
-def test_a_double_precision_checkpoint_is_rounded_to_float32_state(Optimizer):
-    first, second = (Optimizer(make_params(dtype)[:2], **GRASSMANN) for dtype in (torch.float64, torch.bfloat16))
-    train(first, range(3))
-    assert all(s["momentum_buffer"].dtype == torch.float64 for s in first.state.values())
-    second.load_state_dict(first.state_dict())
-    for a, b in zip(first.state.values(), second.state.values(), strict=True):
-        assert torch.equal(b["momentum_buffer"], a["momentum_buffer"].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,7 +251,7 @@ def test_a_checkpoint_of_a_channels_last_weight_continues_on_a_contiguous_one(Op
 
 @BOTH
 def test_a_load_state_dict_hook_may_rewrite_what_is_loaded(Optimizer):
-    """As torch's documentation does to reorder a checkpoint by names: here the two weights come in the other order."""
+    """As torch's documentation reorders a checkpoint by names: here two weights come in the other order."""
     first = Optimizer(make_params(torch.bfloat16)[:2], **GRASSMANN)
     give_gradients(first.param_groups[0]["params"][:1], 0)
     first.step()
@@ -342,7 +333,8 @@ def test_zero_grad(Optimizer, set_to_none):
     before = [p.detach().clone() for p in params]
     optimizer.step()
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
-    # A zero gradient is one more step of momentum; without momentum (the bias) nothing moves. None is no step.
+    # A zero gradient is one more step of momentum; without momentum (the bias) nothing moves. None is no
+    # step.
     assert moved == ([False] * 4 if set_to_none else [True, True, True, False])
 
 
@@ -552,22 +544,6 @@ def test_gradient_scaling_takes_the_same_steps_and_skips_infinite_gradients(Opti
     assert scaler.get_scale() == 2.0**9
 
 
-@BOTH
-def test_clipping_the_gradients_norm_scales_them_all(Optimizer):
-    params, twins = make_params(torch.float64), make_params(torch.float64)
-    optimizers = [Optimizer([{**g, "grad_clip": None} for g in make_groups(ps)]) for ps in (params, twins)]
-    for seed in range(3):
-        for ps in (params, twins):
-            give_gradients(ps, seed)
-        norm = nn.utils.clip_grad_norm_(params, 0.5)
-        assert norm > 0.5
-        for p in twins:
-            p.grad.mul_(0.5 / (norm + 1e-6))
-        for optimizer in optimizers:
-            optimizer.step()
-    assert_close(everything(optimizers[0]), everything(optimizers[1]), rtol=1e-12, atol=0)
-
-
 # -------------------------------------------------------------------------------------------- schedulers
 
 MAKE_SCHEDULER = {
@@ -588,7 +564,9 @@ MAKE_SCHEDULER = {
         o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.ExponentialLR(o, 0.9)], milestones=[3]
     ),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=1, factor=0.5),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.05, 0.3, step_size_up=3, base_momentum=0.7, max_momentum=0.95),
+    "CyclicLR": lambda o: schedulers.CyclicLR(
+        o, 0.05, 0.3, step_size_up=3, base_momentum=0.7, max_momentum=0.95
+    ),
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=[0.3, 0.1], total_steps=8),
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=4),
 }
@@ -700,7 +678,7 @@ def joint_batch():
 
 
 def distributed_nets(wrap=lambda model: model):
-    """name, model and optimizer of each case; GroupNorm, since batch statistics differ between halves of a batch."""
+    """name, model and optimizer of each case; GroupNorm: batch statistics differ between half batches."""
     for Optimizer in (SGDG, AdamG):
         for zero in (False, True):
             torch.manual_seed(0)
@@ -711,7 +689,9 @@ def distributed_nets(wrap=lambda model: model):
 
 def train_on_one_of_two(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     results = {}
     for name, model, Optimizer, groups, zero in distributed_nets(DistributedDataParallel):
         if zero:  # one class and its defaults, later groups with options of their own
@@ -767,7 +747,7 @@ def move(thing):
 
 @BOTH
 def test_the_calls_that_lightning_makes(Optimizer):
-    """A wrapper of a class made on the fly, closures, toggled requires_grad, monitored rates, state moved in place."""
+    """A wrapper of a class made on the fly, closures, toggled requires_grad, rates read, moved state."""
     model, twin = Net(nn.BatchNorm2d(4)), Net(nn.BatchNorm2d(4))
     twin.load_state_dict(model.state_dict())
     optimizer, plain = (Optimizer(grassmann_param_groups(m, 0.01, 0.2)) for m in (model, twin))
@@ -775,7 +755,9 @@ def test_the_calls_that_lightning_makes(Optimizer):
 
     class Wrapper:
         def __init__(self, wrapped):
-            self.__dict__ = {key: value for key, value in wrapped.__dict__.items() if key not in ("step", "__del__")}
+            self.__dict__ = {
+                key: value for key, value in wrapped.__dict__.items() if key not in ("step", "__del__")
+            }
             self.__class__ = type("Lightning" + type(wrapped).__name__, (type(self), type(wrapped)), {})
             self.wrapped = wrapped
 
@@ -817,7 +799,7 @@ def test_the_calls_that_lightning_makes(Optimizer):
 
 @BOTH
 def test_the_calls_that_hugging_faces_trainer_makes(Optimizer):
-    """An optimizer handed over with a LambdaLR; accelerate's wrapper is an Optimizer that forwards and moves state."""
+    """An optimizer handed over with a LambdaLR; accelerate's wrapper forwards, and moves the state."""
     model, twin = Net(nn.BatchNorm2d(4)), Net(nn.BatchNorm2d(4))
     twin.load_state_dict(model.state_dict())
 

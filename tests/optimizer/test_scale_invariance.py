@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from grassmann_optimizer import SGDG, grassmann_param_groups, scale_invariance
+from grassmann_optimizer import SGDG, grassmann_param_groups, grassmann_weights, scale_invariance
 from resnet import WideResNet
 
 
@@ -25,13 +25,12 @@ def verdicts(model, loss_fn):
 def test_a_wide_resnets_first_convolutions_of_a_block_are_invariant_and_nothing_else():
     torch.manual_seed(0)
     found = verdicts(WideResNet(10, 1, 10, dropout=0.3), loss_on(16, 3, 32, 32))
-    assert {name for name, invariant in found.items() if invariant} == {f"group{i}.block0.conv0" for i in range(3)}
-    # At a width above 1 the network's first convolution feeds only a batch normalization: group0.block0 has a convdim.
+    first = {f"group{i}.block0.conv0" for i in range(3)}
+    assert {name for name, invariant in found.items() if invariant} == first
+    # At a width above 1 the network's first convolution feeds only a batch normalization: group0.block0 has a
+    # convdim.
     found = verdicts(WideResNet(10, 2, 10), loss_on(16, 3, 32, 32))
-    assert {name for name, invariant in found.items() if invariant} == {
-        "conv0",
-        *(f"group{i}.block0.conv0" for i in range(3)),
-    }
+    assert {name for name, invariant in found.items() if invariant} == {"conv0", *first}
 
 
 def test_tripling_a_weight_agrees_with_the_verdict():
@@ -110,11 +109,16 @@ def test_buffers_and_modes_are_put_back_when_the_loss_fails():
 
 def test_groups_by_measurement():
     torch.manual_seed(0)
-    # The first linear layer feeds a batch normalization, with more rows than elements in a row; the last does not.
-    model = nn.Sequential(nn.Linear(10, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 20), nn.BatchNorm1d(20))
-    model.append(nn.ReLU()).append(nn.Linear(20, 5))
+    # The first linear layer feeds a batch normalization, with more rows than elements in a row; the last does
+    # not.
+    model = nn.Sequential(nn.Linear(10, 40), nn.BatchNorm1d(40), nn.ReLU())
+    model.extend([nn.Linear(40, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 5)])
     loss_fn = loss_on(64, 10, classes=5)
-    groups = {g["name"]: g for g in grassmann_param_groups(model, 0.1, 0.2, select="measured", loss_fn=loss_fn)}
+    measured = {"select": "measured", "loss_fn": loss_fn}
+    before = copy.deepcopy(model.state_dict())
+    assert grassmann_weights(model, **measured) == {"0.weight": model[0].weight, "3.weight": model[3].weight}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    groups = {g["name"]: g for g in grassmann_param_groups(model, 0.1, 0.2, **measured)}
     assert groups["on G(1,n)"]["params"] == [model[3].weight]
     assert groups["on G(1,n), overcomplete"]["params"] == [model[0].weight]
     assert groups["other"]["params"] == [model[6].weight]
@@ -130,7 +134,7 @@ def test_groups_by_measurement():
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("options", [{"select": "measured"}, {"select": "name"}, {"loss_fn": lambda model: 0}])
+@pytest.mark.parametrize("options", [{"select": "measured"}, {"select": "name"}, {"loss_fn": lambda _: 0}])
 def test_a_selection_without_its_loss_is_refused(options):
     with pytest.raises(ValueError, match="select"):
         grassmann_param_groups(nn.Linear(3, 2), 0.1, 0.2, **options)
