@@ -1,6 +1,6 @@
 """Small deliberate faults, each of which a test must notice: what the tests promise is held to by trying.
 
-    python tests/mutants.py [NUMBER or part of its line ...]        JOBS=2: how many at once
+    python tests/mutants.py [NUMBER or part of the text ...]        JOBS=2: how many at once
 
 Each fault is put into a copy of the files, and the tests named beside it must fail there. One line each;
 the exit code is 1 if one survives. An import that fails is no catch: only a test's own failure counts.
@@ -37,6 +37,7 @@ FILES = {  # of tests, by the word that begins a selection; an expression as of 
     "vgg": "tests/training/test_vgg.py", "tables": "tests/scripts/test_summarize.py",
     "figures": "tests/scripts/test_figures.py", "sweeps": "tests/scripts/test_sweeps.py",
 }  # fmt: skip
+VERDICTS = {0: "SURVIVED", 1: "caught"}  # by pytest's exit code
 WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
 
 # fmt: off
@@ -77,7 +78,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("os.utime(options.save / CHECKPOINT)", "pass", "sweeps real_thing"),
         ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
-        ("progress.show(loss, 100 * wrong / options.batch_size", "progress.show(mean_loss, wrong", "flags bar"),
+        ("progress.show(loss, 100 * wrong", "progress.show(loss, wrong", "flags bar"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
@@ -258,14 +259,12 @@ def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
             sys.stdout.flush()
             output.seek(0)
             text = output.read().decode(errors="replace")
-        os.chdir(ROOT)
     return fault, code, time.monotonic() - started, text
 
 
 def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
     """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
-    verdict = {0: "SURVIVED", 1: "caught"}.get(code, f"pytest: {code}")
-    verdict = "too slow" if "Timeout (>" in text else verdict
+    verdict = "too slow" if "Timeout (>" in text else VERDICTS.get(code, f"pytest: {code}")
     print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
     if code > 1:
         print(text[-2000:])
@@ -279,8 +278,7 @@ def main(words: list[str]) -> int:
     for fault in faults:
         fault.source()
     if words:
-        named = [w for w in words if not w.isdigit()]
-        faults = [f for f in faults if str(f.number) in words or any(w in str(f) for w in named)]
+        faults = [f for f in faults if any(w == str(f.number) or w in f.text for w in words)]
     for name in SLOW_IMPORTS:
         import_module(name)
     jobs = int(os.environ.get("JOBS", 2))
@@ -290,7 +288,8 @@ def main(words: list[str]) -> int:
         if code != 0:
             print(text[-3000:], "these tests must pass without a fault", sep="\n")
             return 1
-        caught = [is_caught(*result) for result in pool.imap(run_tests, faults)]
+        results = pool.imap(run_tests, faults)  # TimeoutError below: a fault has killed its process
+        caught = [is_caught(*results.next(4 * LIMIT)) for _ in faults]
     print(f"{sum(caught)} of {len(faults)} faults are caught")
     return 0 if faults and all(caught) else 1
 

@@ -105,6 +105,8 @@ def test_a_single_epoch_is_a_dot_and_drops_stand_where_they_were_reached(panels)
     for written, reached in ((1, set()), (2, {2}), (3, {2, 3})):
         loss, _ = panels(figures.draw_row, make_row(make_run("SGD", 4.0, written=written)), Path(), "epoch")
         assert drops(loss) == reached
+        low, high = loss.get_ylim()
+        assert sum(low <= tick <= high for tick in loss.get_yticks()) >= 3  # also of a short range
         assert ("o" in [line.get_marker() for line in loss.lines]) == (written == 1)
 
 

@@ -176,6 +176,12 @@ def test_two_protocols_in_two_folders_are_two_rows():
     assert "missing" not in show("runs")
 
 
+def test_networks_are_in_the_order_of_their_numbers():
+    for model in ("wrn-100-1", "wrn-28-10", "wrn-10-1", "wrn-28-2"):
+        write_run(f"runs/{model}", 4.0, model=model)
+    assert [cell["network"] for cell in cells("runs")] == ["wrn-10-1", "wrn-28-2", "wrn-28-10", "wrn-100-1"]
+
+
 def test_a_grid_of_rates_is_a_row_for_each(drawn):
     for index, lr in enumerate((0.1, 0.2, 0.4)):
         write_run(f"runs/{index}", 4.0 + index, lr=lr)

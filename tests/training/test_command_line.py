@@ -54,6 +54,7 @@ COMMON = {
     "epoch_step": [60, 120, 160],
     "lr_decay_ratio": 0.2,
     "dtype": "float32",
+    "dataroot": "./data",
     "seed": 0,
 }
 OF_METHOD = {
@@ -752,6 +753,14 @@ def test_one_epoch_on_an_archive_in_the_real_format(dataset, tmp_path, monkeypat
     assert (outcome.code, outcome.err) == (0, "")
     (stats,) = log_lines(tmp_path / "run")
     assert stats["num_classes"] == (100 if dataset == "CIFAR100" else 10)
+
+
+def test_a_broken_pipe_has_the_code_of_its_signal(monkeypatch):
+    def run():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)
+    assert utils.answer(run) == 141
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):

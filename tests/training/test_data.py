@@ -454,7 +454,7 @@ def folder(tmp_path):
 
 
 class TestFolder:
-    def test_reads_classes_in_order_as_rgb(self, folder):
+    def test_reads_classes_in_order_as_rgb(self, folder, monkeypatch):
         loaded = load_data("folder", folder, dataset_name="colours")
         assert loaded.name == "colours"
         assert loaded.classes == ("green", "red")
@@ -467,6 +467,8 @@ class TestFolder:
         np.testing.assert_allclose(loaded.mean, np.mean([RED, GREEN], 0))
         np.testing.assert_allclose(loaded.std, np.std([RED, GREEN], 0))
         assert load_data("folder", folder).name == "folder"
+        monkeypatch.setenv("HOME", str(folder))
+        assert load_data("folder", "~").sha256 == loaded.sha256
 
     def test_extensions_greyscale_and_sizes_mix_and_hidden_files_are_ignored(self, folder):
         red = folder / "train" / "red"

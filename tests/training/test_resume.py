@@ -209,6 +209,7 @@ class TestResume:
         assert call(*tiny("SGDG", save, "--resume", "auto")).code == 0
         assert_same_run(save, finished["SGDG"][0])
         assert scalars(save) == scalars(finished["SGDG"][0])
+        assert len(EventAccumulator(str(save)).Reload().Images("augmented pictures")) == 1
         assert [int(stats["epoch"]) for stats in log_lines(save)] == [1, 2]
         assert len(list(finished["SGDG"][0].glob("events*"))) == 1  # of two, the order of reading would count
 

@@ -161,6 +161,13 @@ class TestTensorBoard:
             means = [sum(of_epoch) / len(layers) for of_epoch in zip(*values, strict=True)]
             assert [e.value for e in events.Scalars(f"grassmann/{name}")] == pytest.approx(means, rel=1e-5)
 
+    def test_an_epoch_is_on_disk_at_once(self, finished, tmp_path):
+        stats = log_lines(finished["SGDG"][0])[0] | {"images_per_sec": 1.0}
+        writer = report.Board(tmp_path, 0)
+        writer.add(stats, {})
+        assert [e.step for e in board(tmp_path).Scalars("loss/test")] == [1]
+        writer.close()
+
     def test_has_configuration_pictures_and_hyperparameters_in_the_same_run(self, finished):
         save = finished["AdamG"][0]
         events = board(save)
@@ -301,6 +308,10 @@ class TestInterruptedWrite:
         monkeypatch.setattr(utils.os, "replace", lambda *names: done.append("rename") or replace(*names))
         utils.save_checkpoint(tmp_path / "checkpoint.pt", {})
         assert done == [False, "rename", "folder"]
+        log = utils.RunLog(tmp_path, [])
+        done.clear()
+        log.add({"epoch": 1})
+        assert done == [False]
 
     def test_the_old_file_is_there_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
         path = tmp_path / "checkpoint.pt"
@@ -427,6 +438,27 @@ def test_training_and_evaluation_are_in_the_precision_asked_for(tiny, tmp_path, 
     monkeypatch.setattr(WideResNet, "forward", forward)
     assert call(*tiny("SGD", tmp_path / "run", "--dtype", dtype)).code == 0
     assert seen == {True: {getattr(torch, dtype)}, False: {getattr(torch, dtype)}}
+
+
+def test_weights_and_images_are_channels_last(tiny, tmp_path, pictures_root):
+    """As the arrays are: no step has to transpose them."""
+    data = load_data("folder", pictures_root)
+    t = main.Training(main.parse_options(tiny("SGD", tmp_path / "run"))[0], data)
+    x, _ = t.inputs(torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
+    for tensor in (x, t.model.conv0.weight, t.model.group1.block0.conv1.weight):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_probe_measures_four_steps_of_an_epoch(tiny, tmp_path, monkeypatch):
+    true_step, active = main.Training.step, []
+
+    def step(t, x, labels):
+        active.append(t.probe.active)
+        return true_step(t, x, labels)
+
+    monkeypatch.setattr(main.Training, "step", step)
+    assert call(*tiny("SGDG", tmp_path / "run", "--batchSize", 2, "--epochs", 1)).code == 0
+    assert [k for k, measured in enumerate(active) if measured] == [0, 6, 12, 18]
 
 
 def test_losses_are_scaled_in_float16_alone(tiny, tmp_path, pictures_root):
