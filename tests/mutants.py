@@ -295,6 +295,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Before the imports that the forks share, as tests/helpers.py sets them: Triton reads its own once.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     sys.exit(main(sys.argv[1:]))
