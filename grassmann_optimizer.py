@@ -29,10 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-__all__ = [
-    "SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassmann_weights", "scale_invariance",
-    "unit",
-]  # fmt: skip
+__all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassmann_weights",
+           "scale_invariance", "unit"]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- 1. operators
@@ -253,8 +251,7 @@ class _GrassmannOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but state on G(1, n) stays float32 for narrower weights; `step` goes to their device.
 
-        Takes over the state of the authors' PyTorch optimizer of the same kind, weight by weight in its
-        order: momentum is (rows, n) there, and Adam-G's entries have other names (`AdamG._adapted_state`).
+        Takes over the state of the authors' PyTorch optimizer of the same kind, weight by weight in order.
 
         Raises:
             ValueError: what is loaded is the state of another optimizer, or of weights of other shapes: an
@@ -263,7 +260,10 @@ class _GrassmannOptimizer(Optimizer):
         loaded: dict = {}  # what the user's hooks have made of state_dict, in our terms
 
         def adapt(_, given: dict) -> dict:
-            loaded.update(self._adapted(given))
+            try:
+                loaded.update(self._adapted(given))
+            except (AttributeError, RuntimeError, TypeError) as error:  # a value of another type
+                raise ValueError(f"not the state of {type(self).__name__}: {error}") from error
             return loaded
 
         handle = self.register_load_state_dict_pre_hook(adapt)  # the last of them
@@ -317,7 +317,7 @@ class _GrassmannOptimizer(Optimizer):
             if key not in shapes:
                 raise ValueError(f"{where} has an unknown entry {key!r}")
             found = tuple(value.shape) if isinstance(value, Tensor) else value
-            if found != shapes[key]:
+            if found != shapes[key] and (value is not None or group["grassmann"]):  # None: an older torch's
                 raise ValueError(f"{where} has {key!r} {found}, where shape {shapes[key]} is needed")
         return state
 

@@ -27,7 +27,7 @@ import utils
 from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 from options import VGGS, Options, choose_device, model_name, nothing_to_do, parse_options
-from resnet import WideResNet
+from resnet import WideResNet, blocks_per_group
 from utils import CHECKPOINT, StopRequest, UsageError, UserError
 from vgg import VGG
 
@@ -101,6 +101,7 @@ class Training:
         self.probe = report.GrassmannProbe(self.model, self.optimizer, self.device)
         self.mean = torch.tensor(data.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(data.std, device=self.device).view(1, 3, 1, 1)
+        self.weights_from: str | None = None  # where the initial weights come from, if not from --seed
         self.epoch = 0  # finished epochs
         self.history: list[dict] = []  # their statistics
         self.start_epoch()
@@ -163,7 +164,7 @@ class Training:
             raise UserError(f"a weight is not finite in epoch {epoch}, after step {self.batch} {advice}")
 
     PARTS = ("model", "optimizer", "schedule", "scaler", "probe")  # have a state_dict
-    PLAIN = ("epoch", "batch", "train_time", "history")
+    PLAIN = ("epoch", "batch", "train_time", "history", "weights_from")
 
     def state(self) -> dict:
         """The checkpoint: tensors and plain Python values only."""
@@ -187,7 +188,7 @@ class Training:
             for name in self.PARTS:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.PLAIN:
-                setattr(self, name, state[name])
+                setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
             self.sums.copy_(state["sums"])
             utils.set_generator_states(state["generators"], self.device)
             if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
@@ -205,8 +206,7 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
     pin = t.device.type == "cuda"
     t.model.train()
     title = f"epoch {t.epoch + 1}/{options.epochs}"
-    progress = report.Progress(title, len(plan), t.batch, options.batch_size)
-    with closing(progress):
+    with closing(report.Progress(title, len(plan), t.batch, options.batch_size)) as progress:
         for images, labels in batches.iterate(plan, start=t.batch, nthread=options.nthread, pin_memory=pin):
             x, labels = t.inputs(images, labels)
             t.probe.active = t.batch % probe_every == 0
@@ -316,8 +316,8 @@ def train(t: Training, stop: StopRequest) -> int:
                 way = f"python main.py --resume {shlex.quote(str(options.save))}"
                 print(f"stopped by {stop.reason} {where}; to continue: {way}")
                 return stop.exit_code
-    error = 100 - t.history[-1]["test_acc"]
-    print(f"finished {t.epoch} epochs: test error {error:.2f}%; logs are in {options.save}")
+    print(f"finished {t.epoch} epochs: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" ")
+    print(f"logs are in {options.save}")
     return 0
 
 
@@ -334,7 +334,9 @@ def print_evaluation(t: Training) -> None:
 def print_summary(options: Options, checkpoint: dict | None) -> None:
     """What a run would start with, a checkpoint's weights, multiply-adds; reads no data but a folder's."""
     classes = 100 if options.dataset == "CIFAR100" else 10
-    if options.dataset == "folder":
+    if checkpoint:
+        classes = len(checkpoint["model"]["fc.bias"])
+    elif options.dataset == "folder":
         classes = len(load_data(options.dataset, options.dataroot, options.dataset_name).classes)
     device = choose_device(options.device)
     model = make_model(options, classes).to(device)
@@ -347,10 +349,10 @@ def print_summary(options: Options, checkpoint: dict | None) -> None:
 
 
 def check_network(options: Options) -> None:
-    """UsageError for a depth that the network does not have, before any data are read."""
+    """UsageError for a depth that the network does not have."""
     try:
-        with torch.device("meta"):
-            make_model(options, 10)
+        if options.model == "resnet":
+            blocks_per_group(options.depth)
     except ValueError as error:
         raise UsageError(f"--depth: {error}") from error
 
@@ -358,11 +360,9 @@ def check_network(options: Options) -> None:
 def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
     with ExitStack() as lock:  # of the run's directory, until the end
-
-        def claim(save, own):
-            lock.enter_context(utils.claim_directory(save, own))
-
-        options, checkpoint = parse_options(argv, check_network, claim)
+        options, checkpoint = parse_options(
+            argv, check_network, lambda *place: lock.enter_context(utils.claim_directory(*place))
+        )
         if options.summary:
             print_summary(options, checkpoint)
             return 0
@@ -377,14 +377,16 @@ def run(argv: list[str] | None) -> int:
         if checkpoint and "options" in checkpoint:
             t.restore(checkpoint)
         elif checkpoint:  # of the authors' script
-            utils.load_weights(t.model, checkpoint)
+            t.weights_from = utils.load_weights(t.model, checkpoint)
         if options.eval:
             print_evaluation(t)
             return 0
         t.plan()  # an impossible --batchSize ends here, before a file is written
-        config = options.of_run(), model_name(options), t.data.description()
-        utils.write_config(options.save, *config, t.device)
+        config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
+        utils.write_config(options.save, {**config, "weights_from": t.weights_from}, t.device)
         report.print_start(options, t.model, t.optimizer, t.device)
+        if t.weights_from and not t.history:  # a run that is killed in its first epoch starts from them again
+            utils.save_checkpoint(options.save / CHECKPOINT, t.state())
         deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes
         return train(t, StopRequest(deadline))
 

@@ -5,6 +5,7 @@ DEFAULTS'.
 """
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -117,7 +118,7 @@ class Options:
 
 def paper_values(model: str, dataset: str, method: str) -> dict:
     """The paper's learning rates, decay of BN and biases, dropout, schedule and augmentation."""
-    protocol = PROTOCOLS[PROTOCOL_OF[dataset]]
+    protocol = copy.deepcopy(PROTOCOLS[PROTOCOL_OF[dataset]])
     return {**protocol["common"], "dropout": protocol["dropout"].get(model, 0.0), **protocol[method]}
 
 
@@ -342,7 +343,7 @@ def parse_options(
         check: raises a UsageError for options that do not go together.
         claim: called once as `claim(save, own)` with the directory that a run will write to; `own`: the run
             in it is the one to continue, and it is claimed before its checkpoint is read, since a run that is
-            just ending might still write. Not for --eval and --summary, nor for a finished run.
+            just ending might still write. Not for --eval, --summary and a finished run without one.
 
     Raises:
         UsageError: a flag or value that is not accepted, or one that differs from the checkpoint's.
@@ -352,7 +353,8 @@ def parse_options(
     check_legacy_flags(given)
     call = {name: given.pop(name, default) for name, default in PER_CALL.items()}
     options = fresh = fill_in(given)
-    save, source, own = find_places(call, fresh)
+    default = default_save(Options(**fresh, **call))
+    save, source, own = find_places(call, default)
     checkpoint = None
     finished = None if source is None or source.exists() else finished_options(save)
     writes = not (call["eval"] or call["summary"] or finished)
@@ -368,7 +370,7 @@ def parse_options(
         if "options" in checkpoint:
             options = continue_with(given, checkpoint["options"], source)
         else:  # weights alone, of the authors' script
-            save = Path(call["save"] or default_save(fresh))
+            save = Path(call["save"] or default)
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
     check_options(options)
@@ -380,13 +382,13 @@ def parse_options(
     return result, checkpoint
 
 
-def find_places(call: dict, fresh: dict) -> tuple[Path, Path | None, bool]:
+def find_places(call: dict, default: Path) -> tuple[Path, Path | None, bool]:
     """The run's directory; the checkpoint that --resume names, if any; whether it is the directory's own."""
     save = call["save"] and Path(call["save"])
     if call["resume"] is None:
-        return save or default_save(fresh), None, False
+        return save or default, None, False
     if call["resume"] == "auto":
-        save = save or default_save(fresh)
+        save = save or default
         return save, save / CHECKPOINT, True
     source = Path(call["resume"])
     source = source / CHECKPOINT if source.is_dir() else source
@@ -395,11 +397,10 @@ def find_places(call: dict, fresh: dict) -> tuple[Path, Path | None, bool]:
     return save, source, own.exists() and source.exists() and source.samefile(own)
 
 
-def default_save(options: dict) -> Path:
+def default_save(options: Options) -> Path:
     """logs/<dataset>/<model>/<method>/seed<k>."""
-    named = argparse.Namespace(**options)
-    dataset = re.sub(r"[^\w.-]+", "-", data_name(named)).strip("-") or "folder"
-    return Path("logs", dataset, model_name(named), named.optim_method, f"seed{named.seed}")
+    dataset = re.sub(r"[^\w.-]+", "-", data_name(options)).strip("-") or "folder"
+    return Path("logs", dataset, model_name(options), options.optim_method, f"seed{options.seed}")
 
 
 def finished_options(save: Path) -> dict | None:

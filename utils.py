@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -120,8 +121,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(
             f"{path} is not a whole checkpoint ({type(error).__name__}); resume from another one"
         ) from error
-    if isinstance(state, dict) and state.keys() == {"params", "stats", "optimizer", "epoch"}:
-        return {"model": names_of_today(state["params"], state["stats"]), "authors_epoch": state["epoch"]}
+    if isinstance(state, dict) and {"params", "stats"} <= state.keys():
+        return from_authors(state, path)
     keys = {"model", "optimizer", "options", "epoch"}
     if (
         not isinstance(state, dict)
@@ -135,14 +136,24 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def names_of_today(params: dict, stats: dict) -> dict:
-    """A state dict from the authors' parameters and running averages: their convolutions lack `.weight`."""
-    new = {name: name if name.endswith((".weight", ".bias")) else f"{name}.weight" for name in params}
-    return {**{new[name]: value for name, value in params.items()}, **stats}
+def from_authors(state: dict, path: Path) -> dict:
+    """What `load_checkpoint` gives for a checkpoint of the authors' script; UserError if it is broken."""
+    try:
+        new_name = {
+            name: name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+            for name in state["params"]
+        }
+        params = {new_name[name]: value for name, value in state["params"].items()}
+        weights = {**params, **state["stats"]}
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is a broken checkpoint of the authors' script ({error})") from error
+    return {"model": weights, "authors_epoch": state.get("epoch", "an unknown number of")}
 
 
-def load_weights(model: nn.Module, checkpoint: dict) -> None:
-    """The weights and running averages of a checkpoint, alone; says what of an authors' one is left out.
+def load_weights(model: nn.Module, checkpoint: dict) -> str | None:
+    """The weights and running averages of a checkpoint, alone.
+
+    Of an authors' one it prints what is left out, and returns where the weights come from.
 
     Raises:
         UserError: they are of another model.
@@ -156,9 +167,12 @@ def load_weights(model: nn.Module, checkpoint: dict) -> None:
         reason = " ".join(str(error).split())[:200]
         advice = "check --model, --depth and --width"
         raise UserError(f"the checkpoint's weights do not fit ({reason}); {advice}") from error
-    if "authors_epoch" in checkpoint:
-        left_out = "the epoch and the optimizer's state are not taken over, and it has no options"
-        print(f"note: weights of the authors' script after {checkpoint['authors_epoch']} epochs; {left_out}")
+    if "authors_epoch" not in checkpoint:
+        return None
+    origin = f"the authors' script after {checkpoint['authors_epoch']} epochs"
+    left_out = "the epoch and the optimizer's state are not taken over, and it has no options"
+    print(f"note: weights of {origin}; {left_out}", flush=True)
+    return origin
 
 
 @contextmanager
@@ -204,13 +218,13 @@ def is_ours(save: Path, there: list[str]) -> bool:
     if CHECKPOINT in there:
         return True  # as far as a name tells; `load_checkpoint` looks into it
     try:
-        return "options" in json.loads((save / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):  # TypeError: JSON of another kind
+        return {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON of another kind
         return False
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock a run's directory against a second writer until the returned file is closed, or the process ends.
+    """Lock a run's directory against a second writer until the returned file is closed.
 
     Raises:
         UserError: a living process holds the lock, on this machine or on one that shares the file system.
@@ -235,14 +249,18 @@ def lock_directory(directory: Path) -> BinaryIO:
             f"{directory} is being written by {holder}; wait for it, or choose another --save "
             f"(if that machine is gone, remove {path} and try again)"
         ) from error
+    file.seek(0)
+    if not re.match(rb"(process \d+ on |$)", file.read()):
+        file.close()
+        raise UsageError(f"{path} was not written by main.py and is left as it is; choose another --save")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()
     return file
 
 
-def write_config(save: Path, options: dict, model: str, data: dict, device: torch.device) -> None:
-    """config.json: options, data, device, versions and git commit of a run."""
+def write_config(save: Path, config: dict, device: torch.device) -> None:
+    """config.json: what the run is (options, model, data); the call's device, versions and git commit."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -256,8 +274,8 @@ def write_config(save: Path, options: dict, model: str, data: dict, device: torc
         "numpy": np.__version__,
         "opencv": cv2.__version__,
     }
-    config = {"options": options, "model": model, "data": data, **environment(device), "versions": versions}
-    write_json(save / CONFIG, {**config, "git_commit": commit or None})
+    where = {**environment(device), "versions": versions, "git_commit": commit or None}
+    write_json(save / CONFIG, {**config, **where})
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -291,6 +291,7 @@ def section_key(run):
 def row_key(run):
     apart = (*NO_RESULT, *CELL, *SECTION)
     shared = {name: value for name, value in run.options.items() if name not in apart}
+    shared["weights_from"] = run.config.get("weights_from")
     return natural(run.model), run.experiment, json.dumps(shared, sort_keys=True)
 
 

@@ -341,16 +341,17 @@ def plain_loop(s, train, test, mean, std, flip):
 
 
 def assert_run_is_plain_loop(s, save, data_flags, *data):
-    """The run ends with the loop's weights, to 1e-3 of each tensor's norm, and logs its losses and errors."""
+    """The run ends with the loop's weights, to 1e-3 of each norm (shifts below), and its losses and errors."""
     outcome = call(*(f"--{name}={value}" for name, value in vars(s).items()), *data_flags, "--save", save)
     assert (outcome.code, outcome.err) == (0, "")
     state, log = plain_loop(s, *data)
     stored = load(save)["model"]
     assert stored.keys() == state.keys()
     for name, expected in state.items():
-        # Shifts start at 0 and are nothing but a few gradients, of which 3% went either way where rounding
-        # decided whether a ReLU of VGG's last layers is open.
-        tolerance = 0.1 if name.endswith("bias") else 1e-3
+        # Shifts start at 0 and are nothing but a few gradients: where rounding decided whether a ReLU is open,
+        # up to 3% of them went either way in VGG's last layers, 0.2% in the WRN.
+        of_shifts = 0.1 if s.model == "vgg11" else 0.01
+        tolerance = of_shifts if name.endswith("bias") else 1e-3
         assert (stored[name] - expected).double().norm() <= tolerance * expected.double().norm(), name
     names = ("train_loss", "train_acc", "test_loss", "test_acc")
     logged = [[epoch[name] for name in names] for epoch in log_lines(save)]
@@ -380,9 +381,10 @@ def test_a_run_of_a_wrn_is_the_plain_loop(method, epoch_step, pictures, tmp_path
     assert_run_is_plain_loop(setting(method, epoch_step=epoch_step), tmp_path / "run", *pictures)
 
 
+@pytest.mark.parametrize("epoch_step", [[1], []])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_a_vgg_is_the_plain_loop(method, pictures, tmp_path):
-    slow = setting(method, model="vgg11", batchSize=20, lr=0.002, lrg=0.004)
+def test_a_run_of_a_vgg_is_the_plain_loop(method, epoch_step, pictures, tmp_path):
+    slow = setting(method, model="vgg11", batchSize=20, lr=0.002, lrg=0.004, epoch_step=epoch_step)
     assert_run_is_plain_loop(slow, tmp_path / "run", *pictures)
 
 

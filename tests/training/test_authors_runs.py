@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import assert_one_sentence, call, contents, load, log_lines
+from helpers import assert_one_sentence, assert_same_run, call, contents, load, log_lines
 
+import main
 from grassmann_optimizer import SGDG, grassmann_param_groups
 from resnet import WideResNet
 
@@ -49,10 +50,12 @@ def test_their_directory_is_never_written_to(tiny, theirs, resume):
     assert contents(directory) == before
 
 
-def test_a_configuration_of_another_program_is_left_alone(tiny, tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 768}')
-    assert_one_sentence(call(*tiny("SGD", tmp_path, "--resume", "auto")), 2, r"config\.json", "left as it is")
-    assert contents(tmp_path) == {"config.json": b'{"hidden_size": 768}'}
+@pytest.mark.parametrize("name", ["config.json", "lock"])
+@pytest.mark.parametrize("content", ['{"options": {"a": 1}, "mine": 2}', '["options"]'])
+def test_a_file_of_another_program_is_left_alone(tiny, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert_one_sentence(call(*tiny("SGD", tmp_path, "--resume", "auto")), 2, name, "left as it is")
+    assert contents(tmp_path) == {name: content.encode()}
 
 
 def test_their_weights_are_evaluated(theirs, pictures_root, tiny, tmp_path):
@@ -86,6 +89,35 @@ def test_a_run_can_start_from_their_weights(theirs, tiny, tmp_path):
     for name, p in model.named_parameters():
         assert torch.equal(load(save)["model"][name], p), name
     assert call("--resume", save, "--epochs", 2).code == 0
+    origin = json.loads((save / "config.json").read_text())["weights_from"]
+    assert origin == load(save)["weights_from"] == "the authors' script after 3 epochs"
+
+
+def test_a_run_from_their_weights_that_is_killed_at_once_goes_on_from_them(
+    theirs, tiny, tmp_path, monkeypatch
+):
+    directory, _ = theirs
+    flags = ["--resume", directory / "model.pt7", "--epochs", 1, "--epoch_step", "[]"]
+    assert call(*tiny("SGDG", tmp_path / "whole", *flags)).code == 0
+    save = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train", interrupted)
+        assert call(*tiny("SGDG", save, *flags)).code == 130
+    assert call("--resume", save).code == 0
+    assert_same_run(save, tmp_path / "whole")
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("part", [{"params": None}, {"stats": [1]}, {"params": {1: torch.zeros(2)}}])
+def test_their_broken_checkpoint_is_one_sentence(theirs, pictures_root, tmp_path, part):
+    state = torch.load(theirs[0] / "model.pt7", weights_only=True)
+    torch.save({**state, **part}, tmp_path / "model.pt7")
+    data = ["--dataset", "folder", "--dataroot", pictures_root]
+    outcome = call("--eval", "--resume", tmp_path / "model.pt7", *NETWORK, *data)
+    assert_one_sentence(outcome, 1, "broken checkpoint of the authors' script")
 
 
 def test_what_does_not_fit_is_said(theirs, pictures_root):
@@ -96,9 +128,10 @@ def test_what_does_not_fit_is_said(theirs, pictures_root):
     assert_one_sentence(call("--eval", "--resume", directory), 1, r"--resume \S*model\.pt7 to start")
 
 
-def test_summary_of_a_checkpoint_describes_its_weights(finished):
+def test_summary_of_a_checkpoint_describes_its_weights(finished, monkeypatch):
     """Mean, deviation, shortest and longest row, and largest |cos|, against their definitions in float64."""
     save, _ = finished["SGDG"]
+    monkeypatch.setattr(main, "load_data", interrupted)  # the pictures may be gone
     outcome = call("--summary", "--resume", save)
     assert (outcome.code, outcome.err) == (0, "")
     assert max(map(len, outcome.out.splitlines())) <= 80

@@ -769,3 +769,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
         ["bash", "-c", command], cwd=Path(main.__file__).parent, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_of_one_run_are_not_those_of_the_next():
+    parse()["epoch_step"].append(999)
+    assert parse()["epoch_step"] == [60, 120, 160]
