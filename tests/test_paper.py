@@ -341,15 +341,15 @@ def plain_loop(s, train, test, mean, std, flip):
 
 
 def assert_run_is_plain_loop(s, save, data_flags, *data):
-    """The run ends with the loop's weights, to 1e-3 of each norm (shifts below), and its losses and errors."""
+    """The run ends with the loop's weights, to 1e-3 of a norm (but shifts), and its losses and errors."""
     outcome = call(*(f"--{name}={value}" for name, value in vars(s).items()), *data_flags, "--save", save)
     assert (outcome.code, outcome.err) == (0, "")
     state, log = plain_loop(s, *data)
     stored = load(save)["model"]
     assert stored.keys() == state.keys()
     for name, expected in state.items():
-        # Shifts start at 0 and are nothing but a few gradients: where rounding decided whether a ReLU is open,
-        # up to 3% of them went either way in VGG's last layers, 0.2% in the WRN.
+        # Shifts start at 0 and are nothing but a few gradients: where rounding decided whether a ReLU is
+        # open, up to 3% of them went either way in VGG's last layers, 0.2% in the WRN.
         of_shifts = 0.1 if s.model == "vgg11" else 0.01
         tolerance = of_shifts if name.endswith("bias") else 1e-3
         assert (stored[name] - expected).double().norm() <= tolerance * expected.double().norm(), name

@@ -180,6 +180,8 @@ REFUSED = {
     "other columns": (changed(state={"momentum_buffer": torch.zeros(4, 18)}), r"\(4, 18\).*\(4, 3, 3, 3\)"),
     "not a tensor": (changed(state={"momentum_buffer": 1.5}), "'momentum_buffer'.*1.5"),
     "an unknown entry": (changed(state={"exp_avg": torch.zeros(4)}), "parameter 0.*'exp_avg'"),
+    "a tensor for a state": (lambda kind: {**ours(kind), "state": {0: torch.zeros(2)}}, "not the state of"),
+    "no number": (changed(group={"momentum": None}), "not the state of"),
     "fewer groups": (lambda kind: {**ours(kind), "param_groups": ours(kind)["param_groups"][:1]}, "groups"),
     "a bias on G(1, n)": (
         changed(group_of_bias={"grassmann": True}),
@@ -194,6 +196,7 @@ REFUSED_BY_ADAMG = {
     "the authors' at no step": (changed(authors, state={"beta2_power": 1.5}), "'beta2_power'.*1.5"),
     "the authors' between steps": (changed(authors, state={"beta2_power": 0.99**3.5}), "'beta2_power'"),
     "the authors' at two steps": (changed(authors, state={"beta1_power": 0.9**5}), "'beta1_power'"),
+    "the authors' without a number": (changed(authors, state={"beta1_power": None}), "not the state of"),
     "the authors' other v": (
         changed(authors, state={"v_buffer": torch.ones(4, 9)}),
         r"'second_moment'.*\(4, 9\)",
@@ -202,6 +205,16 @@ REFUSED_BY_ADAMG = {
 REFUSED_BY_SGDG = {
     "AdamG's state": (lambda kind: {**ours(kind), "state": ours(AdamG)["state"]}, "'second_moment'"),
 }
+
+
+def test_an_older_torchs_none_is_no_momentum():
+    optimizer = make(SGDG)
+    given = optimizer.state_dict()
+    index = given["param_groups"][1]["params"][0]
+    optimizer.load_state_dict({**given, "state": {index: {"momentum_buffer": None}}})
+    train(optimizer, [0])
+
+
 CASES = [(SGDG, *case) for case in {**REFUSED, **REFUSED_BY_SGDG}.items()]
 CASES += [(AdamG, *case) for case in {**REFUSED, **REFUSED_BY_ADAMG}.items()]
 
