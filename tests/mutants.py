@@ -154,7 +154,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     ],
     "grassmann_optimizer.py": [
         ("    gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n    return 2 * gram @ y", "    return 2 * (gram @ y - y)", "operators small_part"),
-        ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "optimizer is_the_update_rule"),
+        ("        gram.diagonal(dim1=-2, dim2=-1).sub_(1)\n        for i", "        for i", "operators small_part"),
         ("y * angle.sin() + u * (2 * (angle / 2).sin() ** 2)", "y * angle.sin() + u * (1 - angle.cos())", "operators small_turn"),
         ("for _ in range(2):", "for _ in range(1):", "operators nearly_along"),
         ("(1 - beta2) * (h * h).sum(-1, keepdim=True)", "(1 - beta2) * (g * g).sum(-1, keepdim=True)", "optimizer is_the_update_rule"),
@@ -197,7 +197,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
         ("// jobs))", "))", "sweeps gpus_by_turns"),
         ("start_new_session=True", "start_new_session=False", "sweeps asks_each_run_once"),
-        ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGTERM", "sweeps second_signal"),
+        ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGKILL", "sweeps asks_each_run_once"),
         ("if answered == 0 or number != signal.SIGHUP:", "if True:", "sweeps lost_terminal"),
         ("and queue and not signals:", "and queue:", "sweeps asks_each_run_once"),
         ("failures, signals = run_all(cells, last, not flags, slots)", "failures, signals = run_all(cells, last, True, slots)", "sweeps judges_finished"),
@@ -264,6 +264,7 @@ def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
 def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
     """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
     verdict = "too slow" if "Timeout (>" in text else VERDICTS.get(code, f"pytest: {code}")
+    verdict = "error" if code == 1 and "\nFAILED " not in text else verdict  # of a fixture
     print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
     if code > 1:
         print(text[-2000:])
