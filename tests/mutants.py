@@ -79,6 +79,10 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        t.plan()  # an impossible", "        # an impossible", "flags leaves_the_directory_free"),
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
         ("progress.show(loss, 100 * wrong", "progress.show(loss, wrong", "flags bar"),
+        ("torch.compile(self.model) if options.compile else self.model", "self.model", "run compiled_model"),
+        ("math.ceil(len(plan) / 4)", "math.ceil(len(plan) / 2)", "run first_of_each_quarter"),
+        ("if t.epoch == 0:\n        board", "if True:\n        board", "resume each_epoch_once"),
+        ('"test_time": test_time', '"test_time": t.train_time', "run tells_the_time"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
@@ -106,6 +110,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("get_total_flops() // 2", "get_total_flops()", "flags TestSummary"),
         ("cosines.max()", "cosines.mean()", "authors summary"),
         ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
+        ("len(classes) > 5", "len(classes) >= 5", "run top5"),
     ],
     "utils.py": [
         ('open(temporary, "wb")', 'open(path, "wb")', "run TestInterruptedWrite"),
@@ -121,6 +126,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("or logged <= 1)", "or logged >= 0)", "flags lost_its_checkpoint"),
         ("weights_only=True", "weights_only=False", "flags run_code"),
         ("cudnn.deterministic = True", "cudnn.deterministic = False", "run repeats"),
+        ('"--dirty", ', "", "run told_from_the_commit"),
+        ("return 128 + signal.SIGPIPE", "return 1", "flags broken_pipe"),
     ],
     "data.py": [
         ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "data TestSvhn"),
@@ -137,6 +144,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("SeedSequence(seed, spawn_key=(epoch,))", "SeedSequence(seed + epoch)", "data another_seed_or_epoch"),
         ("range(0, len(labels), batch_size)", "range(0, len(labels) - batch_size + 1, batch_size)", "data eval_batches"),
         ("np.random.default_rng(0).permutation(total)", "np.random.default_rng(1).permutation(total)", "data TestHoldOut"),
+        ("spawn_key=(epoch,)", "spawn_key=(epoch // 2,)", "data another_seed_or_epoch"),
     ],
     "resnet.py": [
         ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet shapes"),
@@ -184,12 +192,14 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('>= self.options["epochs"]', ">= 1", "tables unfinished"),
         ('NO_RESULT = ("seed", ', 'NO_RESULT = ("seed", "dropout", ', "tables never_in_one_cell"),
         ('split("\\n")[:-1]', 'split("\\n")', "tables being_written"),
+        ("max(cell.unfinished", "min(cell.unfinished", "tables unfinished_run"),
     ],
     "scripts/figures.py": [
         ("steps[drop - 1]", "steps[drop]", "figures and_their_median"),
         ("seconds / 60 for", "seconds for", "figures and_their_median"),
         ("if epoch <= last]", "]", "figures stand_behind_ours"),
         ("[len(run.epochs) // 5 :]", "", "figures fifth"),
+        ("low > high / 4", "low > high / 2", "figures fifth"),
     ],
     "scripts/sweep.py": [
         ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),

@@ -38,7 +38,7 @@ class TestEpochPlan:
         np.random.seed(5)  # noqa: NPY002 -- the plan must not read numpy's global generator
         assert same(arrays(first), arrays(EpochPlan(1000, 64, seed=3, epoch=7)))
 
-    @pytest.mark.parametrize(("seed", "epoch"), [(3, 8), (4, 7), (7, 3), (3 + 2**32, 7)])
+    @pytest.mark.parametrize(("seed", "epoch"), [(3, 6), (3, 8), (4, 7), (7, 3), (3 + 2**32, 7)])
     def test_another_seed_or_epoch_is_another_plan(self, seed, epoch):
         first, other = EpochPlan(1000, 64, seed=3, epoch=7), EpochPlan(1000, 64, seed=seed, epoch=epoch)
         for a, b in zip(arrays(first), arrays(other), strict=True):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 import time
 from dataclasses import replace
 
@@ -80,6 +81,22 @@ class TestConfig:
         assert recorded["std"] == list(data.std)
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_changed_file_is_told_from_the_commit(tmp_path, monkeypatch):
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # as a hook of git would set them
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    (tmp_path / "utils.py").write_text("committed")
+    for words in (["init", "-q"], ["add", "utils.py"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    for text, end in (("committed", ""), ("changed", "-dirty")):
+        (tmp_path / "utils.py").write_text(text)
+        utils.write_config(tmp_path, {}, torch.device("cpu"))
+        commit = json.loads((tmp_path / "config.json").read_text())["git_commit"]
+        assert re.fullmatch("[0-9a-f]{40}" + end, commit)
+
+
 class TestLog:
     @pytest.mark.parametrize("method", METHODS)
     def test_has_one_line_per_epoch_with_every_key(self, finished, method):
@@ -103,6 +120,24 @@ class TestLog:
             assert {k: stats[k] for k in config["options"] if k not in own} == {
                 k: v for k, v in config["options"].items() if k not in own
             }
+
+    def test_tells_the_time_of_training_from_that_of_testing(self, tiny, tmp_path, monkeypatch):
+        """On a clock that only steps, 2 seconds each, and evaluations, 5, move on."""
+        now = [0.0]
+
+        def takes(seconds, function):
+            def timed(*args):
+                now[0] += seconds
+                return function(*args)
+
+            return timed
+
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(main.Training, "step", takes(2.0, main.Training.step))
+        monkeypatch.setattr(main, "evaluate", takes(5.0, main.evaluate))
+        assert call(*tiny("SGD", tmp_path / "run")).code == 0
+        for stats in load(tmp_path / "run")["history"]:
+            assert (stats["train_time"], stats["test_time"]) == (2.0 * STEPS, 5.0)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_rates_drop_in_the_epochs_of_epoch_step_counted_from_0(self, tiny, tmp_path, method):
@@ -251,6 +286,8 @@ class TestCheckpoint:
         assert re.search(r"^  d +1 pictures  error 100.00%$", out, re.M)
         assert re.search(r"^  h +1 pictures  error   0.00%$", out, re.M)
         assert re.search(r"^  e +0 pictures  no error to tell$", out, re.M)
+        report.print_evaluation(logits[:, :5], torch.tensor([4, 3, 2, 0]), tuple("abcde"), "five classes")
+        assert "top-5" not in capsys.readouterr().out  # would be 0 whatever the network does
 
     @pytest.mark.parametrize("method", METHODS)
     def test_bfloat16_trains_on_the_cpu(self, tiny, finished, tmp_path, method):
@@ -562,6 +599,17 @@ class TestProbe:
         probe.read()
         assert probe.read() == (dict.fromkeys(report.GrassmannProbe.NAMES), {})
 
+    def test_it_measures_the_first_of_each_quarter_of_an_epochs_steps(self, tiny, tmp_path, monkeypatch):
+        active, measure = [], report.GrassmannProbe._measure_before
+
+        def counted(probe, *args):
+            active.append(probe.active)
+            measure(probe, *args)
+
+        monkeypatch.setattr(report.GrassmannProbe, "_measure_before", counted)
+        assert call(*tiny("SGDG", tmp_path / "run", "--batchSize", 6, "--epochs", 1)).code == 0
+        assert active == [True, False] * 4
+
     @pytest.mark.parametrize("method", ["SGDG", "AdamG"])
     def test_measuring_changes_no_bit_of_the_weights(self, tiny, finished, tmp_path, monkeypatch, method):
         monkeypatch.setattr(report.GrassmannProbe, "_measure_before", lambda *args: None)
@@ -637,10 +685,16 @@ def test_steps_do_not_wait_for_the_device(tiny, tmp_path, method, monkeypatch):
 
 def test_a_compiled_model_leaves_the_same_checkpoint_names(tiny, finished, tmp_path, monkeypatch):
     """`--compile`, by a backend that needs no C++ compiler."""
-    compile_model = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
+    compile_model, compiled = torch.compile, []
+
+    def compile_eagerly(model):
+        compiled.append(model)
+        return compile_model(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     save = tmp_path / "run"
     assert call(*tiny("SGD", save, "--compile")).code == 0
+    assert len(compiled) == 1
     torch._dynamo.reset()
     assert load(save)["model"].keys() == load(finished["SGD"][0])["model"].keys()
     assert call("--resume", save, "--eval").code == 0
