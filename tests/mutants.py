@@ -80,7 +80,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("hold_out(data, options.holdout) if options.holdout", "hold_out(data, options.holdout) if options.eval", "flags holdout"),
         ("progress.show(loss, 100 * wrong", "progress.show(loss, wrong", "flags bar"),
         ("torch.compile(self.model) if options.compile else self.model", "self.model", "run compiled_model"),
-        ("math.ceil(len(plan) / 4)", "math.ceil(len(plan) / 2)", "run first_of_each_quarter"),
+        ("math.ceil(len(plan) / 4)", "math.ceil(len(plan) / 2)", "run four_steps"),
         ("if t.epoch == 0:\n        board", "if True:\n        board", "resume each_epoch_once"),
         ('"test_time": test_time', '"test_time": t.train_time', "run tells_the_time"),
     ],

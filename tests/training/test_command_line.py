@@ -771,13 +771,6 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_exit_code_of_a_broken_pipe_is_sigpipes():
-    """In a process of its own, whose standard output is given up."""
-    broken = "import sys, utils\ndef run(): raise BrokenPipeError\nsys.exit(utils.answer(run))"
-    done = subprocess.run([sys.executable, "-c", broken], cwd=PROGRAM.parent, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
-
-
 def test_options_of_one_run_are_not_those_of_the_next():
     parse()["epoch_step"].append(999)
     assert parse()["epoch_step"] == [60, 120, 160]

@@ -599,17 +599,6 @@ class TestProbe:
         probe.read()
         assert probe.read() == (dict.fromkeys(report.GrassmannProbe.NAMES), {})
 
-    def test_it_measures_the_first_of_each_quarter_of_an_epochs_steps(self, tiny, tmp_path, monkeypatch):
-        active, measure = [], report.GrassmannProbe._measure_before
-
-        def counted(probe, *args):
-            active.append(probe.active)
-            measure(probe, *args)
-
-        monkeypatch.setattr(report.GrassmannProbe, "_measure_before", counted)
-        assert call(*tiny("SGDG", tmp_path / "run", "--batchSize", 6, "--epochs", 1)).code == 0
-        assert active == [True, False] * 4
-
     @pytest.mark.parametrize("method", ["SGDG", "AdamG"])
     def test_measuring_changes_no_bit_of_the_weights(self, tiny, finished, tmp_path, monkeypatch, method):
         monkeypatch.setattr(report.GrassmannProbe, "_measure_before", lambda *args: None)
