@@ -5,6 +5,7 @@ normalizing with `mean` and `std` is the device's work. What an epoch does with 
 by `EpochPlan`, so a batch depends on neither the number of threads nor what ran before it.
 """
 
+import copy
 import fcntl
 import hashlib
 import http.client
@@ -38,6 +39,7 @@ CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
 }
+Part = tuple[int, int]  # rank and number of processes
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
 
 # What torchvision meets: no network, no permission, a bad checksum (RuntimeError), a broken archive.
@@ -392,6 +394,13 @@ class EpochPlan:
         self.offsets = generator.integers(0, 2 * pad + 1, (*shape, 2))
         self.flips = generator.integers(0, 2, shape).astype(bool) if flip else np.zeros(shape, bool)
 
+    def of_rank(self, rank: int, size: int) -> "EpochPlan":
+        """The same with the slice of each batch that one of `size` processes takes."""
+        part = copy.copy(self)
+        for name in ("order", "offsets", "flips"):
+            setattr(part, name, np.array_split(getattr(self, name), size, axis=1)[rank])
+        return part
+
     def __len__(self) -> int:
         """Number of batches, that is of steps."""
         return len(self.order)
@@ -456,15 +465,18 @@ class TrainBatches:
 
 
 def eval_batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False
+    images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False, part: Part = (0, 1)
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All pictures in order and unchanged, the last batch perhaps smaller: (B, 32, 32, 3) uint8, (B,) int64.
 
-    Without `pin_memory` the tensors are views of the arrays, not copies.
+    With `part` (rank, size) the slice of each batch that one of `size` processes takes; so all have as many
+    batches, and one of the last may be empty. Without `pin_memory` the tensors are views of the arrays.
     """
+    rank, size = part
     for start in range(0, len(labels), batch_size):
-        stop = start + batch_size
-        yield _tensors(images[start:stop], labels[start:stop], pin_memory)
+        count = min(batch_size, len(labels) - start)
+        mine = slice(start + count * rank // size, start + count * (rank + 1) // size)
+        yield _tensors(images[mine], labels[mine], pin_memory)
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray, pin_memory: bool) -> tuple[torch.Tensor, torch.Tensor]:

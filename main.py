@@ -15,18 +15,26 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+
+if (
+    "WORLD_SIZE" in os.environ
+):  # before the import, which reads it: no advice from each process; see `parallel`
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
+import distributed
 import report
 import utils
 from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
-from options import VGGS, Options, choose_device, model_name, nothing_to_do, parse_options
+from options import VGGS, Options, asked_processes, choose_device, model_name, nothing_to_do, parse_options
 from resnet import WideResNet, blocks_per_group
 from utils import CHECKPOINT, StopRequest, UsageError, UserError
 from vgg import VGG
@@ -44,34 +52,45 @@ def make_model(options: Options, classes: int) -> nn.Module:
 def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """The method's optimizer over the paper's parameter groups; sets the Grassmann weights to unit rows."""
     if options.optim_method == "SGD":
-        params = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {
-                "params": [p for p in params if p.ndim < 2],
-                "weight_decay": options.bn_decay,
-                "name": "bn/bias",
-            },
-            {
-                "params": [p for p in params if p.ndim >= 2],
-                "weight_decay": options.weight_decay,
-                "name": "other",
-            },
-        ]
-        momentum = options.momentum
-        return torch.optim.SGD(groups, lr=options.lr, momentum=momentum, nesterov=momentum > 0)
-    groups = grassmann_param_groups(
-        model,
-        options.lr,
-        options.lrg,
-        momentum=options.momentum,
-        omega=options.omega,
-        grad_clip=options.grad_clip,
-        weight_decay=options.weight_decay,
-        bn_decay=options.bn_decay,
-        select=options.select,
-        loss_fn=random_loss if options.select == "measured" else None,
-    )
-    return {"SGDG": SGDG, "AdamG": AdamG}[options.optim_method](groups)
+        groups = sgd_groups(model, options)
+    else:
+        groups = grassmann_param_groups(
+            model,
+            options.lr,
+            options.lrg,
+            momentum=options.momentum,
+            omega=options.omega,
+            grad_clip=options.grad_clip,
+            weight_decay=options.weight_decay,
+            bn_decay=options.bn_decay,
+            select=options.select,
+            loss_fn=random_loss if options.select == "measured" else None,
+        )
+    optimizer = {"SGD": torch.optim.SGD, "SGDG": SGDG, "AdamG": AdamG}[options.optim_method]
+    if options.zero and distributed.size() > 1:
+        return distributed.zero_redundancy(optimizer, groups)
+    return optimizer(groups)
+
+
+def sgd_groups(model: nn.Module, options: Options) -> list[dict]:
+    """The baseline's parameter groups, with Nesterov momentum."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    common = {"lr": options.lr, "momentum": options.momentum, "nesterov": options.momentum > 0}
+    small = {"params": [p for p in params if p.ndim < 2], "weight_decay": options.bn_decay}
+    weights = {"params": [p for p in params if p.ndim >= 2], "weight_decay": options.weight_decay}
+    return [{**small, **common, "name": "bn/bias"}, {**weights, **common, "name": "other"}]
+
+
+def parallel(model: nn.Module, options: Options) -> nn.Module:
+    """What a step calls: the model; of several processes, with gradients that are averaged over them."""
+    if distributed.size() > 1:
+        if options.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # With find_unused_parameters the buckets are not arranged anew after the first step: a resumed run
+        # sums in the same order as one that went on.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name is too new
+            model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    return torch.compile(model) if options.compile else model
 
 
 def random_loss(model: nn.Module) -> Tensor:
@@ -93,8 +112,9 @@ class Training:
         torch.manual_seed(options.seed)
         model = make_model(options, len(data.classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.forward = torch.compile(self.model) if options.compile else self.model
         self.optimizer = make_optimizer(self.model, options)
+        self.forward = parallel(self.model, options)
+        utils.seed_rank(options.seed, 0, 0)
         drops, ratio = options.epoch_step, options.lr_decay_ratio
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, drops, gamma=ratio)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "float16")
@@ -110,15 +130,16 @@ class Training:
         """Position and running sums at the start of an epoch; the sums stay on the device."""
         self.batch = 0  # finished batches of this epoch
         self.train_time = 0.0
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, wrong
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # this rank's part: loss, wrong
         # The first step with a non-finite loss, counted from 1; 0: none.
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def plan(self) -> EpochPlan:
-        """What this epoch does with the pictures; UserError if the training set has no full batch."""
+        """What this epoch does with this rank's pictures; UserError if the training set has no full batch."""
         options, n = self.options, len(self.data.train_labels)
         pad, flip = options.randomcrop_pad, self.data.flip
-        return EpochPlan(n, options.batch_size, seed=options.seed, epoch=self.epoch, pad=pad, flip=flip)
+        plan = EpochPlan(n, options.batch_size, seed=options.seed, epoch=self.epoch, pad=pad, flip=flip)
+        return plan.of_rank(distributed.rank(), distributed.size())
 
     def step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on a batch from `inputs`; returns loss () and logits (B, classes) before the update."""
@@ -144,8 +165,18 @@ class Training:
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a finished step to the epoch's sums, without waiting for the device."""
         self.batch += 1
-        self.sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
+        loss_share = loss.double() / distributed.size()  # the batch's loss is the mean of the slices'
+        self.sums += torch.stack([loss_share, (logits.argmax(1) != labels).sum().double()])
         self.bad_step.copy_(torch.where((self.bad_step == 0) & ~loss.isfinite(), self.batch, self.bad_step))
+
+    def totals(self) -> tuple[float, float]:
+        """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
+        loss, wrong = map(sum, zip(*distributed.values(self.sums.tolist()), strict=True))
+        return loss, wrong
+
+    def first_bad_step(self) -> int:
+        """The first step of this epoch whose loss was not finite on some rank; 0: none. Waits likewise."""
+        return min(filter(None, distributed.values(self.bad_step.item())), default=0)
 
     def learning_rates(self) -> dict[str, float | None]:
         """The current lr and lrg (None where nothing is on G(1,n))."""
@@ -158,7 +189,7 @@ class Training:
         text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         advice = f"({text}); the last good checkpoint, if any, is kept: try lower learning rates"
         epoch = self.epoch + 1
-        if step := self.bad_step.item():
+        if step := self.first_bad_step():
             raise UserError(f"the loss is not finite since epoch {epoch}, step {step} {advice}")
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             raise UserError(f"a weight is not finite in epoch {epoch}, after step {self.batch} {advice}")
@@ -167,17 +198,23 @@ class Training:
     PLAIN = ("epoch", "batch", "train_time", "history", "weights_from")
 
     def state(self) -> dict:
-        """The checkpoint: tensors and plain Python values only."""
+        """The checkpoint: tensors and plain Python values only. All ranks take part; rank 0 gets it."""
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # --zero
+            self.optimizer.consolidate_state_dict()
+        mine = {"generators": utils.generator_states(self.device), "sums": self.sums.cpu()}
+        first, *others = distributed.values(mine)
+        if distributed.rank() > 0:
+            return {}
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         del parts["schedule"]["milestones"]  # --epoch_step says them
         return {
             **parts,
             **{name: getattr(self, name) for name in self.PLAIN},
-            "sums": self.sums,
+            **first,
+            **({"other_ranks": others} if others else {}),
             "options": self.options.of_run(),
             "environment": utils.environment(self.device),
             "data_sha256": self.data.sha256,
-            "generators": utils.generator_states(self.device),
         }
 
     def restore(self, state: dict) -> None:
@@ -189,11 +226,24 @@ class Training:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.PLAIN:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
-            self.sums.copy_(state["sums"])
-            utils.set_generator_states(state["generators"], self.device)
+            self.restore_rank([state, *state.get("other_ranks", [])])
             if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
                 raise ValueError("its history has gaps")
             utils.note_environment(state["environment"], self.device)
+
+    def restore_rank(self, ranks: list[dict]) -> None:
+        """This rank's sums and generators; of another number of ranks, only rank 0's go on."""
+        rank, size = distributed.rank(), distributed.size()
+        if len(ranks) == size:
+            self.sums.copy_(ranks[rank]["sums"])
+            utils.set_generator_states(ranks[rank]["generators"], self.device)
+            return
+        effects = "batch normalization and dropout see other slices from here on"
+        print(f"note: {len(ranks)} processes then, {size} now: {effects}", flush=True)
+        utils.seed_rank(self.options.seed, self.epoch, self.batch)
+        if rank == 0:
+            self.sums.copy_(sum(other["sums"] for other in ranks))
+            utils.set_generator_states(ranks[0]["generators"], self.device)
 
 
 # -------------------------------------------------------------------------------------------------- one epoch
@@ -214,11 +264,11 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
             t.count(loss, logits, labels)
             progress.step()
             if t.batch % read_every == 0:
-                if t.bad_step.item():
+                if t.first_bad_step():
                     t.check_finite()
-                loss, wrong = (t.sums / t.batch).tolist()  # means of a step
-                progress.show(loss, 100 * wrong / options.batch_size, t.batch)
-            if stop:
+                loss, wrong = t.totals()
+                progress.show(loss / t.batch, 100 * wrong / (t.batch * options.batch_size), t.batch)
+            if stop.asked():
                 break
     t.check_finite()  # waits for the device: what follows is timed right
     t.train_time += progress.seconds()
@@ -226,13 +276,14 @@ def train_epoch(t: Training, batches: TrainBatches, stop: StopRequest) -> None:
 
 @torch.no_grad()
 def test_logits(t: Training) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, classes) and labels (B,) on the device, batch by batch over all test pictures."""
+    """Logits (B, classes) and labels (B,) on the device, batch by batch over this rank's test pictures."""
+    distributed.take_first(t.model.buffers())  # rank 0's running averages
     t.model.eval()
-    data, pin = t.data, t.device.type == "cuda"
-    for images, labels in eval_batches(data.test_images, data.test_labels, t.options.batch_size, pin):
+    data, pin, part = t.data, t.device.type == "cuda", (distributed.rank(), distributed.size())
+    for images, labels in eval_batches(data.test_images, data.test_labels, t.options.batch_size, pin, part):
         x, labels = t.inputs(images, labels)
         with t.autocast():
-            logits = t.forward(x)
+            logits = t.forward(x) if len(x) else x.new_empty(0, len(data.classes))
         yield logits.float(), labels
 
 
@@ -243,13 +294,13 @@ def evaluate(t: Training, stop: StopRequest) -> tuple[float, float] | None:
     for logits, labels in test_logits(t):
         loss = cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
-        if stop.by_signal:
+        if stop.asked(by_signal=True):
             return None
-    loss, wrong = sums.tolist()
+    loss, wrong = map(sum, zip(*distributed.values(sums.tolist()), strict=True))
     return loss / n, 100 * wrong / n
 
 
-def end_epoch(t: Training, log: utils.RunLog, board: report.Board, stop: StopRequest) -> None:
+def end_epoch(t: Training, record: report.Record, stop: StopRequest) -> None:
     """Evaluate, log, step the schedule, make t ready for the next epoch; nothing if a signal comes first."""
     started = time.perf_counter()
     result = evaluate(t, stop)
@@ -262,9 +313,7 @@ def end_epoch(t: Training, log: utils.RunLog, board: report.Board, stop: StopReq
     means, layers = t.probe.read()
     stats = epoch_statistics(t, means, *result, time.perf_counter() - started)
     t.history.append(stats)
-    log.add(stats)
-    board.add(stats, layers)
-    report.print_epoch(t.options, stats)
+    distributed.first(lambda: record.add(stats, layers))
     t.schedule.step()
     t.start_epoch()
 
@@ -272,7 +321,7 @@ def end_epoch(t: Training, log: utils.RunLog, board: report.Board, stop: StopReq
 def epoch_statistics(t: Training, probe: dict, test_loss: float, test_error: float, test_time: float) -> dict:
     """The line of log.txt for the epoch that t has just finished."""
     images = t.batch * t.options.batch_size
-    loss, wrong = t.sums.tolist()
+    loss, wrong = t.totals()
     return {
         "train_loss": loss / t.batch,
         "train_acc": 100 - 100 * wrong / images,
@@ -296,22 +345,21 @@ def epoch_statistics(t: Training, probe: dict, test_loss: float, test_error: flo
 def train(t: Training, stop: StopRequest) -> int:
     """Train to the last epoch or until `stop`, with a checkpoint after every epoch; returns the exit code."""
     options = t.options
-    log, board = utils.RunLog(options.save, t.history), report.Board(options.save, t.epoch)
     batches = TrainBatches(t.data.train_images, t.data.train_labels, options.randomcrop_pad)
     steps = len(t.plan())
-    if t.epoch == 0:
-        board.describe(batches.batch(t.plan(), 0)[0])
-    with closing(board):
+    with report.Record(options, t.history) as record:
+        if t.epoch == 0:
+            distributed.first(lambda: record.start(batches.batch(t.plan(), 0)[0]))
         while t.epoch < options.epochs:
             if t.batch < steps:
                 train_epoch(t, batches, stop)
             # Also past the deadline: a run given less time than an evaluation takes would never get on.
-            if t.batch == steps and not stop.by_signal:
-                end_epoch(t, log, board, stop)
+            if t.batch == steps and not stop.asked(by_signal=True):
+                end_epoch(t, record, stop)
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
-                board.add_result(options, t.history[-1])
-            utils.save_checkpoint(options.save / CHECKPOINT, t.state())
-            if stop and t.epoch < options.epochs:
+                distributed.first(lambda: record.add_result(t.history[-1]))
+            save(t)
+            if stop.asked() and t.epoch < options.epochs:
                 where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
                 way = f"python main.py --resume {shlex.quote(str(options.save))}"
                 print(f"stopped by {stop.reason} {where}; to continue: {way}")
@@ -321,9 +369,16 @@ def train(t: Training, stop: StopRequest) -> int:
     return 0
 
 
+def save(t: Training) -> None:
+    """Write the checkpoint."""
+    state = t.state()
+    distributed.first(lambda: utils.save_checkpoint(t.options.save / CHECKPOINT, state))
+
+
 def print_evaluation(t: Training) -> None:
     """The test pictures' loss and errors with the weights that t has now."""
-    logits, labels = (torch.cat(parts).cpu() for parts in zip(*test_logits(t), strict=True))
+    mine = [torch.cat(parts).cpu() for parts in zip(*test_logits(t), strict=True)]
+    logits, labels = (torch.cat(parts) for parts in zip(*distributed.values(mine), strict=True))
     kind = "held-out training" if t.options.holdout else "test"
     steps = f" and {t.batch} steps" if t.batch else ""
     trained = f"{model_name(t.options)} after {t.epoch} epochs{steps}"
@@ -357,22 +412,34 @@ def check_network(options: Options) -> None:
         raise UsageError(f"--depth: {error}") from error
 
 
+def prepare(argv: list[str] | None, lock: ExitStack) -> tuple[Options, dict | None, str | None]:
+    """What rank 0 finds out: options, checkpoint, and why there is nothing to do, if so."""
+    options, checkpoint = parse_options(
+        argv, check_network, lambda *place: lock.enter_context(utils.claim_directory(*place))
+    )
+    message = None if options.eval or options.summary else nothing_to_do(options, checkpoint)
+    if message:
+        with suppress(OSError):  # a sweep knows a finished run by a checkpoint that is newer than the log
+            os.utime(options.save / CHECKPOINT)
+    return options, checkpoint, message
+
+
 def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
-    with ExitStack() as lock:  # of the run's directory, until the end
-        options, checkpoint = parse_options(
-            argv, check_network, lambda *place: lock.enter_context(utils.claim_directory(*place))
-        )
+    if (processes := asked_processes(argv)) > 1 and not distributed.launched():
+        return distributed.launch(processes, [__file__, *(sys.argv[1:] if argv is None else argv)])
+    with distributed.joined(), ExitStack() as lock:  # of the run's directory, until the end
+        options, checkpoint, message = distributed.first(lambda: prepare(argv, lock))
         if options.summary:
             print_summary(options, checkpoint)
             return 0
-        if not options.eval and (message := nothing_to_do(options, checkpoint)):
+        if message:
             print(message)
-            with suppress(OSError):  # a sweep knows a finished run by a checkpoint that is newer than the log
-                os.utime(options.save / CHECKPOINT)
             return 0
         utils.make_repeatable()
-        data = load_data(options.dataset, options.dataroot, options.dataset_name)
+        data = distributed.one_before_others(
+            lambda: load_data(options.dataset, options.dataroot, options.dataset_name)
+        )
         t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
         if checkpoint and "options" in checkpoint:
             t.restore(checkpoint)
@@ -383,10 +450,11 @@ def run(argv: list[str] | None) -> int:
             return 0
         t.plan()  # an impossible --batchSize ends here, before a file is written
         config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
-        utils.write_config(options.save, {**config, "weights_from": t.weights_from}, t.device)
+        config["weights_from"] = t.weights_from
+        distributed.first(lambda: utils.write_config(options.save, config, t.device))
         report.print_start(options, t.model, t.optimizer, t.device)
         if t.weights_from and not t.history:  # a run that is killed in its first epoch starts from them again
-            utils.save_checkpoint(options.save / CHECKPOINT, t.state())
+            save(t)
         deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes
         return train(t, StopRequest(deadline))
 

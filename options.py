@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, load_checkpoint
 
 METHODS = ("SGD", "SGDG", "AdamG")
@@ -58,17 +59,27 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "float32",
     "compile": False,
+    "sync_bn": False,
 }
+# Options that older runs did not have: stored only where they differ from this, what those runs did.
+LATER = {"sync_bn": False}
 VGGS = {f"vgg{depth}": depth for depth in (11, 13, 16, 19)}
 # Options of one call, not of the run: never taken from a checkpoint.
-PER_CALL = {"save": None, "resume": None, "eval": False, "summary": False, "max_minutes": None}
+PER_CALL = {
+    "save": None,
+    "resume": None,
+    "eval": False,
+    "summary": False,
+    "max_minutes": None,
+    "ngpu": 1,
+    "zero": False,
+}
 # What may change when a run is resumed.
 MAY_CHANGE = {"epochs", "nthread", "device", "dataroot", "compile"}
 # Flags of the authors' script without a meaning of their own any more, with the one value that changes
 # nothing.
 LEGACY = {
     "gpu_id": ("0", "to train on another GPU, set the environment variable CUDA_VISIBLE_DEVICES"),
-    "ngpu": ("1", "a run uses one GPU; run several at once, each with its own CUDA_VISIBLE_DEVICES"),
     "groups": ("1", "the paper's networks have no grouped convolutions; leave it out"),
 }
 
@@ -96,6 +107,7 @@ class Options:
     device: str
     dtype: str
     compile: bool
+    sync_bn: bool
     epochs: int
     epoch_step: list[int]
     lr_decay_ratio: float
@@ -110,10 +122,13 @@ class Options:
     eval: bool
     summary: bool
     max_minutes: float | None
+    ngpu: int
+    zero: bool
 
     def of_run(self) -> dict:
         """The options of the run, as config.json, log.txt and checkpoints store them."""
-        return {name: value for name, value in asdict(self).items() if name not in PER_CALL}
+        absent = {*PER_CALL, *(name for name, value in LATER.items() if getattr(self, name) == value)}
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
 
 def paper_values(model: str, dataset: str, method: str) -> dict:
@@ -326,9 +341,20 @@ def add_run_flags(group) -> None:
     add_flag(group, "--compile", action="store_true", help="torch.compile the model")
     minutes = number(float, 0, exclusive=True)
     add_flag(group, "--max_minutes", type=minutes, default="none", help="then stop, ready to be resumed")
+    processes = "train with so many processes on this machine, each on its own GPU"
+    add_flag(group, "--ngpu", type=number(whole, 1), default="1, or as torchrun says", help=processes)
+    zero = "of several processes each makes its share of the optimizer's step"
+    add_flag(group, "--zero", action="store_true", default="off", help=zero)
+    sync_bn = "several GPUs: BN statistics of the whole batch, not of each GPU's slice"
+    add_flag(group, "--sync_bn", action="store_true", help=sync_bn)
 
 
 # --------------------------------------------------------------------------------------- the options of a run
+
+
+def asked_processes(argv: list[str] | None) -> int:
+    """What --ngpu says; UsageError for words that are no flags."""
+    return getattr(make_parser().parse_args(argv), "ngpu", 1)
 
 
 def parse_options(
@@ -464,6 +490,7 @@ def without_unused(options: dict) -> dict:
 def continue_with(given: dict, stored: dict, path: Path) -> dict:
     """The checkpoint's options, with those given that may change on the way; UsageError for any other
     difference."""
+    stored = {**LATER, **stored}
     if odd := stored.keys() ^ fill_in({}).keys():
         raise UserError(
             f"{path} is of another version of main.py, whose options differ in {', '.join(sorted(odd))}"
@@ -485,5 +512,25 @@ def check_options(options: dict) -> None:
         )
     if options["dtype"] == "float16" and choose_device(options["device"]).type == "cpu":
         raise UsageError("--dtype float16 needs a GPU (it crawls on the CPU); use float32 or bfloat16")
-    if options["model"] in VGGS and options["batch_size"] == 1:
-        raise UsageError("--batchSize 1: VGG normalizes each feature over the batch; use at least 2")
+    check_processes(options, distributed.size())
+    if options["model"] in VGGS and options["batch_size"] == distributed.size():
+        raise UsageError(
+            f"--batchSize {options['batch_size']}: VGG normalizes each feature over the batch; use at least "
+            f"{2 * distributed.size()}"
+        )
+
+
+def check_processes(options: dict, size: int) -> None:
+    """UsageError for what a run of `size` processes cannot do."""
+    batch, gpus = options["batch_size"], torch.cuda.device_count()
+    if batch % size:
+        nearest = max(1, round(batch / size)) * size
+        raise UsageError(
+            f"--batchSize {batch} does not divide among {size} processes; the nearest is {nearest}"
+        )
+    on_cuda = choose_device(options["device"]).type == "cuda"
+    here = distributed.on_this_machine()[1]
+    if on_cuda and here > gpus:
+        raise UsageError(f"{here} processes on this machine need as many GPUs, and it has {gpus}")
+    if options["sync_bn"] and not on_cuda:
+        raise UsageError("--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; leave it out")

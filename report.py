@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
 from options import MAY_CHANGE, Options
-from utils import CONFIG, environment
+from utils import CONFIG, RunLog, environment
 
 # ------------------------------------------------------------------------------------------------ the console
 
@@ -30,6 +31,8 @@ def print_start(
     print(textwrap.fill(f"options: {words}", 80, subsequent_indent="  "))
     where = environment(device)
     print(f"device: {where['device']}, {where['threads']} threads, torch {where['torch']}")
+    if (size := distributed.size()) > 1:
+        print(f"processes: {size}, {options.batch_size // size} images of each batch to each")
     group_of = group_names(optimizer)
     totals: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
@@ -116,7 +119,8 @@ class Progress:
     def __init__(self, title: str, steps: int, done: int, batch_size: int):
         self.done, self.batch_size = done, batch_size
         self.started = time.perf_counter()
-        form = {"bar_format": self.FORM, "leave": False, "disable": not sys.stderr.isatty()}
+        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+        form = {"bar_format": self.FORM, "leave": False, "disable": hidden}
         self.bar = tqdm(total=steps, initial=done, desc=title, **form)
 
     def step(self) -> None:
@@ -135,6 +139,44 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------- files of the run
+
+
+class Record:
+    """What a run leaves as it goes: log.txt, TensorBoard, a line on the console. Rank 0's alone.
+
+    Args:
+        history: statistics of the epochs that are finished already.
+    """
+
+    def __init__(self, options: Options, history: list[dict]):
+        self.options = options
+        if distributed.rank() == 0:
+            self.log = RunLog(options.save, history)
+            self.board = Board(options.save, len(history))
+
+    def start(self, images: Tensor) -> None:
+        """The configuration and the first augmented pictures, (N, H, W, 3) uint8."""
+        self.board.describe(images)
+
+    def add(self, stats: dict, layers: dict[str, float]) -> None:
+        """A finished epoch, with diagnostics of each layer."""
+        self.log.add(stats)
+        self.board.add(stats, layers)
+        print_epoch(self.options, stats)
+
+    def add_result(self, stats: dict) -> None:
+        """The last epoch's, as what came of the options."""
+        self.board.add_result(self.options, stats)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if distributed.rank() == 0:
+            self.board.close()
 
 
 # ------------------------------------------------------------------------------------------------ TensorBoard

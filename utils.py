@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
+import distributed
+
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
 AUTHORS_CHECKPOINT = "model.pt7"  # of the authors' PyTorch script
 
@@ -49,6 +51,9 @@ def answer(run: Callable[[], int]) -> int:
     except OSError as error:
         return say(f"{error}; when that is mended, continue with --resume", 1)
     except RuntimeError as error:
+        if distributed.is_loss(error):
+            lost = "another process of the run has gone; the last checkpoint, if any, is kept"
+            return say(f"{lost}: continue with --resume", 1) if distributed.first_to_say("failed") else 1
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
@@ -58,8 +63,10 @@ def answer(run: Callable[[], int]) -> int:
 
 
 def say(sentence: str, code: int) -> int:
-    """Print it as an error of main.py, and give the code back."""
-    print(f"main.py: error: {sentence}", file=sys.stderr)
+    """Print it as an error of main.py, once of all processes, and give the code back."""
+    distributed.first_to_say("failed")  # others that lose the connection need not say so
+    if distributed.first_to_say(sentence):
+        print(f"main.py: error: {sentence}", file=sys.stderr)
     return code
 
 
@@ -280,6 +287,7 @@ def write_config(save: Path, config: dict, device: torch.device) -> None:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """What decides the last bits of a result besides the options."""
+    processes = {"processes": distributed.size()} if distributed.size() > 1 else {}
     cuda = device.type == "cuda"
     tf32 = cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
     return {
@@ -287,6 +295,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "float32_convolutions": "TF32" if tf32 else "float32",
+        **processes,
     }
 
 
@@ -303,6 +312,7 @@ def make_repeatable() -> None:
 def note_environment(then: dict, device: torch.device) -> None:
     """Say what has changed since `environment` gave `then`, if anything."""
     now = environment(device)
+    then, now = {"processes": 1, **then}, {"processes": 1, **now}
     changed = [f"{key} {old} then, {now[key]} now" for key, old in then.items() if old != now[key]]
     if changed:
         print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)
@@ -327,6 +337,13 @@ def set_generator_states(states: dict[str, torch.Tensor], device: torch.device) 
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def seed_rank(seed: int, epoch: int, batch: int) -> None:
+    """Start the generators of a rank above 0, for dropout of its own; rank 0 has a single process's."""
+    if rank := distributed.rank():
+        sequence = np.random.SeedSequence(seed, spawn_key=(epoch, batch, rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 # ------------------------------------------------------------------------------------------------------- logs
@@ -366,33 +383,37 @@ class StopRequest:
     Args:
         deadline: on `time.monotonic()`'s clock, in seconds; None: none.
 
-    From here on the first of these signals is noted, and a second one ends the process.
+    From here on the first of these signals is noted, and a second one ends the process. Where the run has
+    several processes, a signal or deadline of one stops all; the launcher sends its signals more than once,
+    and ends by itself what does not stop in time.
     """
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
-        self.signal: int | None = None
+        self.parent = os.getppid()
+        self.received = self.signal = 0  # by this process; by any, when they last agreed
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # asked twice, the process ends at once
+        self.received = number
+        if distributed.size() == 1:
+            signal.signal(number, signal.SIG_DFL)  # asked twice, the process ends at once
 
-    def __bool__(self) -> bool:
-        return self.by_signal or (self.deadline is not None and time.monotonic() >= self.deadline)
-
-    @property
-    def by_signal(self) -> bool:
-        """Whether a signal asked for it."""
-        return self.signal is not None
+    def asked(self, by_signal: bool = False) -> bool:
+        """Whether to stop now, by a signal or (unless `by_signal`) the deadline; the same on every rank."""
+        late = not by_signal and self.deadline is not None and time.monotonic() >= self.deadline
+        orphaned = distributed.size() > 1 and os.getppid() != self.parent  # the launcher was killed
+        received = self.received or (signal.SIGHUP if orphaned else 0)
+        self.signal, late = distributed.largest([received, int(late)])
+        return bool(self.signal or late)
 
     @property
     def reason(self) -> str:
         """For the message: what asked for the stop."""
-        return signal.Signals(self.signal).name if self.by_signal else "--max_minutes"
+        return signal.Signals(self.signal).name if self.signal else "--max_minutes"
 
     @property
     def exit_code(self) -> int:
         """0 for the deadline, 128 + number for a signal."""
-        return 128 + self.signal if self.by_signal else 0
+        return 128 + self.signal if self.signal else 0

@@ -12,7 +12,9 @@ import json
 import pickle
 import re
 import signal
+import socket
 import tarfile
+import traceback
 import warnings
 from hashlib import md5
 from pathlib import Path
@@ -187,3 +189,32 @@ def write_svhn(root, monkeypatch):
         content[split] = images, labels
     monkeypatch.setattr(SVHN, "split_list", split_list)
     return content
+
+
+def call_ranks(size: int, *argv, folder: Path) -> list[Outcome]:
+    """main.py in forked processes of one run, as torchrun starts them; what is patched here is patched there.
+
+    A process that was killed has its signal, negative, as its code. `folder` must not be a run's.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    children = []
+    for rank in range(size):
+        if (pid := os.fork()) == 0:
+            try:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in place.items()}
+                (folder / str(rank)).write_text(json.dumps(call(*argv)))
+            except BaseException:
+                (folder / str(rank)).write_text(json.dumps((99, "", traceback.format_exc())))
+            finally:
+                os._exit(0)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    return [
+        Outcome(*json.loads((folder / str(rank)).read_text())) if code == 0 else Outcome(code, "", "")
+        for rank, code in enumerate(codes)
+    ]

@@ -29,21 +29,13 @@ def stop_at(monkeypatch, check: int) -> None:
     """The run is asked to stop, as by SIGTERM, when the loop asks for the check-th time, counted from 1."""
 
     class Stop(main.StopRequest):
-        asked = 0
+        checks = 0
 
-        def ask(self):
-            self.asked += 1
-            if self.asked >= check:
-                self.signal = signal.SIGTERM
-
-        def __bool__(self):
-            self.ask()
-            return self.signal is not None
-
-        @property
-        def by_signal(self):
-            self.ask()
-            return self.signal is not None
+        def asked(self, by_signal=False):
+            self.checks += 1
+            if self.checks >= check:
+                self.received = signal.SIGTERM
+            return super().asked(by_signal)
 
     monkeypatch.setattr(main, "StopRequest", Stop)
 
@@ -310,9 +302,9 @@ def test_asked_twice_the_process_ends_at_once(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         stop = utils.StopRequest(None)
-        assert not stop
+        assert not stop.asked()
         signal.raise_signal(number)
-        assert stop
+        assert stop.asked()
         assert stop.exit_code == 128 + number
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:

@@ -1,0 +1,181 @@
+"""The processes of one run, as torchrun starts them; a run of one process is the case without any of it.
+
+Every process (rank) holds all weights and pictures. They differ in their slices of each batch, in dropout
+and in the statistics that batch normalization takes of a slice. Rank 0 alone reads and writes a run's
+directory.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+_store: dist.Store | None = None  # the processes' notes to each other
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_this_machine() -> tuple[int, int]:
+    """This process's number among those of the run on its machine, and how many they are."""
+    if size() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes, if torchrun has started any; only rank 0 goes on to print.
+
+    CPU tensors travel by gloo, a GPU's by NCCL. A process that fails leaves at once; the others then find the
+    connection lost (`is_loss`).
+    """
+    global _store
+    if not launched():
+        yield
+        return
+    _store, number, count = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("run", _store), rank=number, world_size=count)
+    if (local := on_this_machine()[0]) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    if number == 0:
+        yield
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+    largest([0])  # torchrun takes one that leaves early, with an exit code, for a failure
+    dist.destroy_process_group()
+    _store = None
+
+
+# -------------------------------------------------------------------------------------------------- agreement
+
+
+def largest(numbers: list[int]) -> list[int]:
+    """The largest of all processes' numbers, place by place."""
+    if size() > 1:
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+    return numbers
+
+
+def values(mine: T) -> list[T]:
+    """Every process's value, by rank."""
+    if size() == 1:
+        return [mine]
+    gathered: list[Any] = [None] * size()
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def first(make: Callable[[], T]) -> T:
+    """Rank 0's `make()`, on every rank; what it raises is raised on all."""
+    value, error = attempt(make if rank() == 0 else lambda: None)
+    if size() > 1:
+        outcome = [(value, error)]
+        dist.broadcast_object_list(outcome)
+        value, error = (value, error) if rank() == 0 else outcome[0]
+    if error:
+        raise error
+    return value
+
+
+def together(make: Callable[[], T]) -> T:
+    """This process's `make()`; what one raises is raised on all: its own, or the first rank's."""
+    value, error = attempt(make)
+    if error := error or next(filter(None, values(error)), None):
+        raise error
+    return value
+
+
+def attempt(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """`make()`, or what it raises."""
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def one_before_others(make: Callable[[], T]) -> T:
+    """This process's `make()`; the first process of each machine makes it before the others do."""
+    leads = on_this_machine()[0] == 0
+    value = together(lambda: make() if leads else None)
+    return together(lambda: value if leads else make())
+
+
+def take_first(tensors: Iterable[Tensor]) -> None:
+    """Put rank 0's values into all ranks' tensors."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def zero_redundancy(kind: type[Optimizer], groups: list[dict]) -> Optimizer:
+    """Each rank makes its share of the step and sends the parameters round; with momentum for its share."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
+
+    return ZeroRedundancyOptimizer(groups, optimizer_class=kind)
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether no other process of the run has said it yet, so that each message stands once."""
+    try:
+        return _store is None or _store.add(f"said: {sentence}", 1) == 1
+    except RuntimeError:  # the store's host is gone
+        return True
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether it says that another process of the run has gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+    lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    return _store is not None and lost
+
+
+# ----------------------------------------------------------------------------------------------------- launch
+
+
+def launch(count: int, program: list[str]) -> int:
+    """Run `python *program` in so many processes on this machine by torchrun; returns the exit code."""
+    from torch.distributed import run  # torchrun; slow to import
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not torch.cuda.is_available():  # each process its share of the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
+    try:
+        run.main(["--standalone", f"--nproc_per_node={count}", *program])
+    except SignalException as stop:
+        return 128 + stop.sigval
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print(f"main.py: error: rank {number} was ended by {name}; continue with --resume", file=sys.stderr)
+        return 128 - failure.exitcode
+    return 0
