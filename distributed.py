@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
@@ -55,9 +57,10 @@ def joined() -> Iterator[None]:
     if not launched():
         yield
         return
-    _store, number, count = next(dist.rendezvous("env://"))
+    store, number, count = next(dist.rendezvous("env://"))
+    _store = dist.PrefixStore(common_name(store, number, count), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("run", _store), rank=number, world_size=count)
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
     if (local := on_this_machine()[0]) < torch.cuda.device_count():
         torch.cuda.set_device(local)
     if number == 0:
@@ -68,6 +71,33 @@ def joined() -> Iterator[None]:
     largest([0])  # torchrun takes one that leaves early, with an exit code, for a failure
     dist.destroy_process_group()
     _store = None
+
+
+def common_name(store: dist.Store, number: int, count: int) -> str:
+    """A name that rank 0 gives to this start of the processes.
+
+    When torchrun starts them again after a death, the store still holds what the dead have written, and
+    torchrun's own count of the starts may differ between machines. So each asks by a word of its own.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"{number} asks", own)
+        while True:
+            name, asked = store.get(f"{number} is told").decode().split()
+            if asked == own:
+                store.set(f"{number} knows", name)
+                return name
+            time.sleep(0.01)
+    others = list(range(1, count))
+    while others:
+        for other in others:
+            store.set(f"{other} is told", f"{own} {store.get(f'{other} asks').decode()}")
+        time.sleep(0.01)
+        known = [other for other in others if store.check([f"{other} knows"])]
+        others = [
+            other for other in others if other not in known or store.get(f"{other} knows").decode() != own
+        ]
+    return own
 
 
 # -------------------------------------------------------------------------------------------------- agreement
@@ -166,7 +196,7 @@ def launch(count: int, program: list[str]) -> int:
 
     if not torch.cuda.is_available():  # each process its share of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
+    logging.disable()  # of torchrun's: the processes say it better
     try:
         run.main(["--standalone", f"--nproc_per_node={count}", *program])
     except SignalException as stop:
@@ -178,4 +208,6 @@ def launch(count: int, program: list[str]) -> int:
         name = signal.Signals(-failure.exitcode).name
         print(f"main.py: error: rank {number} was ended by {name}; continue with --resume", file=sys.stderr)
         return 128 - failure.exitcode
+    finally:
+        logging.disable(logging.NOTSET)
     return 0

@@ -226,7 +226,8 @@ class Training:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.PLAIN:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
-            self.restore_rank([state, *state.get("other_ranks", [])])
+            if not self.options.eval:
+                self.restore_rank([state, *state.get("other_ranks", [])])
             if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
                 raise ValueError("its history has gaps")
             utils.note_environment(state["environment"], self.device)
@@ -362,6 +363,7 @@ def train(t: Training, stop: StopRequest) -> int:
             if stop.asked() and t.epoch < options.epochs:
                 where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
                 way = f"python main.py --resume {shlex.quote(str(options.save))}"
+                way += f", with {distributed.size()} processes" if distributed.size() > 1 else ""
                 print(f"stopped by {stop.reason} {where}; to continue: {way}")
                 return stop.exit_code
     print(f"finished {t.epoch} epochs: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" ")
@@ -426,7 +428,7 @@ def prepare(argv: list[str] | None, lock: ExitStack) -> tuple[Options, dict | No
 
 def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
-    if (processes := asked_processes(argv)) > 1 and not distributed.launched():
+    if not distributed.launched() and (processes := asked_processes(argv)) > 1:
         return distributed.launch(processes, [__file__, *(sys.argv[1:] if argv is None else argv)])
     with distributed.joined(), ExitStack() as lock:  # of the run's directory, until the end
         options, checkpoint, message = distributed.first(lambda: prepare(argv, lock))

@@ -399,7 +399,7 @@ def parse_options(
             save = Path(call["save"] or default)
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
-    check_options(options)
+    check_options(options, call["ngpu"])
     result = Options(**options, **{**call, "save": save})
     check(result)
     if writes and not claimed:
@@ -504,7 +504,7 @@ def continue_with(given: dict, stored: dict, path: Path) -> dict:
     return {**stored, **given}
 
 
-def check_options(options: dict) -> None:
+def check_options(options: dict, ngpu: int) -> None:
     """What no single flag can tell; UsageError."""
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -512,7 +512,7 @@ def check_options(options: dict) -> None:
         )
     if options["dtype"] == "float16" and choose_device(options["device"]).type == "cpu":
         raise UsageError("--dtype float16 needs a GPU (it crawls on the CPU); use float32 or bfloat16")
-    check_processes(options, distributed.size())
+    check_processes(options, distributed.size(), ngpu)
     if options["model"] in VGGS and options["batch_size"] == distributed.size():
         raise UsageError(
             f"--batchSize {options['batch_size']}: VGG normalizes each feature over the batch; use at least "
@@ -520,9 +520,11 @@ def check_options(options: dict) -> None:
         )
 
 
-def check_processes(options: dict, size: int) -> None:
+def check_processes(options: dict, size: int, ngpu: int) -> None:
     """UsageError for what a run of `size` processes cannot do."""
     batch, gpus = options["batch_size"], torch.cuda.device_count()
+    if size > 1 and ngpu not in (1, size):
+        raise UsageError(f"--ngpu {ngpu}: torchrun has started {size} processes; leave it out")
     if batch % size:
         nearest = max(1, round(batch / size)) * size
         raise UsageError(

@@ -312,7 +312,7 @@ def make_repeatable() -> None:
 def note_environment(then: dict, device: torch.device) -> None:
     """Say what has changed since `environment` gave `then`, if anything."""
     now = environment(device)
-    then, now = {"processes": 1, **then}, {"processes": 1, **now}
+    then = {key: value for key, value in then.items() if key != "processes"}  # these have a note of their own
     changed = [f"{key} {old} then, {now[key]} now" for key, old in then.items() if old != now[key]]
     if changed:
         print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)

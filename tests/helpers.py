@@ -12,7 +12,6 @@ import json
 import pickle
 import re
 import signal
-import socket
 import tarfile
 import traceback
 import warnings
@@ -191,29 +190,36 @@ def write_svhn(root, monkeypatch):
     return content
 
 
-def call_ranks(size: int, *argv, folder: Path) -> list[Outcome]:
+def start_ranks(size: int, *argv, folder: Path) -> tuple[list[int], torch.distributed.Store]:
     """main.py in forked processes of one run, as torchrun starts them; what is patched here is patched there.
 
-    A process that was killed has its signal, negative, as its code. `folder` must not be a run's.
+    `folder` takes what they print, and must not be a run's. Returns their process ids, by rank, and the store
+    that they need as long as they live.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(exist_ok=True)
-    children = []
+    pids = []
     for rank in range(size):
+        (folder / str(rank)).unlink(missing_ok=True)
         if (pid := os.fork()) == 0:
             try:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
                 os.environ |= {name: str(value) for name, value in place.items()}
-                (folder / str(rank)).write_text(json.dumps(call(*argv)))
+                outcome = call(*argv)
             except BaseException:
-                (folder / str(rank)).write_text(json.dumps((99, "", traceback.format_exc())))
-            finally:
-                os._exit(0)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+                outcome = Outcome(99, "", traceback.format_exc())
+            (folder / str(rank)).write_text(json.dumps(outcome))
+            os._exit(0)
+        pids.append(pid)
+    return pids, store
+
+
+def call_ranks(size: int, *argv, folder: Path) -> list[Outcome]:
+    """The outcomes of `start_ranks`, by rank; of one that was killed the signal, negative, as its code."""
+    pids, _store = start_ranks(size, *argv, folder=folder)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return [
         Outcome(*json.loads((folder / str(rank)).read_text())) if code == 0 else Outcome(code, "", "")
         for rank, code in enumerate(codes)
