@@ -342,7 +342,7 @@ def add_run_flags(group) -> None:
     minutes = number(float, 0, exclusive=True)
     add_flag(group, "--max_minutes", type=minutes, default="none", help="then stop, ready to be resumed")
     processes = "train with so many processes on this machine, each on its own GPU"
-    add_flag(group, "--ngpu", type=number(whole, 1), default="1, or as torchrun says", help=processes)
+    add_flag(group, "--ngpu", type=number(whole, 1), default="1", help=processes)
     zero = "of several processes each makes its share of the optimizer's step"
     add_flag(group, "--zero", action="store_true", default="off", help=zero)
     sync_bn = "several GPUs: BN statistics of the whole batch, not of each GPU's slice"
@@ -532,7 +532,7 @@ def check_processes(options: dict, size: int, ngpu: int) -> None:
         )
     on_cuda = choose_device(options["device"]).type == "cuda"
     here = distributed.on_this_machine()[1]
-    if on_cuda and here > gpus:
+    if size > 1 and on_cuda and here > gpus:
         raise UsageError(f"{here} processes on this machine need as many GPUs, and it has {gpus}")
     if options["sync_bn"] and not on_cuda:
         raise UsageError("--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; leave it out")

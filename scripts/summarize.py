@@ -291,7 +291,7 @@ def section_key(run):
 def row_key(run):
     apart = (*NO_RESULT, *CELL, *SECTION)
     shared = {name: value for name, value in run.options.items() if name not in apart}
-    shared["weights_from"] = run.config.get("weights_from")
+    shared |= {name: run.config.get(name) for name in ("weights_from", "processes")}
     return natural(run.model), run.experiment, json.dumps(shared, sort_keys=True)
 
 
@@ -303,6 +303,12 @@ def convolutions(run):
     """The precision of float32 convolutions. Runs that do not say it are older, and used TF32 on GPUs."""
     on_cpu = run.config["device"].endswith("CPU")
     return run.config.get("float32_convolutions") or ("float32" if on_cpu else "TF32")
+
+
+def processes(run):
+    """Of several, each normalizes by the statistics of its slice of a batch."""
+    count = run.config.get("processes", 1)
+    return f" ({count} processes)" if count > 1 else ""
 
 
 def natural(text):
@@ -623,7 +629,7 @@ def describe(section):
         f"{precision}, batches of {options['batch_size']}, {options['epochs']} epochs",
         f"learning rates x{ratio} after {drops}" if drops else "constant learning rates",
         shared_options(section),
-        listed("device", [run.config["device"] for run in runs]),
+        listed("device", [run.config["device"] + processes(run) for run in runs]),
         listed("torch", [run.config.get("torch") for run in runs]),
         listed("commit", [commit[:7] + commit[40:] for commit in commits]),  # "-dirty" follows the 40 digits
     ]

@@ -20,7 +20,10 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 FLAG = r"(?<![\w-])--[a-zA-Z][\w-]*"
-OF_OTHER_PROGRAMS = {"--help", "--logdir"}  # beside those that stand in scripts/ and benchmarks/
+# Beside those that stand in scripts/ and benchmarks/: of TensorBoard, torchrun and Slurm.
+OF_OTHER_PROGRAMS = {"--help", "--logdir", "--nodes", "--nnodes", "--ntasks-per-node", "--gpus-per-node"}
+OF_OTHER_PROGRAMS |= {"--time", "--requeue", "--signal", "--nproc_per_node", "--max-restarts"}
+OF_OTHER_PROGRAMS |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
 # Written by runs, or of the authors' code: not kept in the repository.
 NOT_HERE = {
     "config.json",

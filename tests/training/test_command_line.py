@@ -138,7 +138,6 @@ class TestOptions:
         ("flags", "way"),
         [
             (["--gpu_id", "1"], "CUDA_VISIBLE_DEVICES"),
-            (["--ngpu", "2"], "CUDA_VISIBLE_DEVICES"),
             (["--groups", "4"], "grouped convolutions"),
             (["--cuda"], "--device"),
             (["--cuda", "--device", "cpu"], "--device"),
