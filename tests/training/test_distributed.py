@@ -263,6 +263,19 @@ def test_a_run_of_one_process_goes_on_with_two(tiny, ranks, tmp_path, finished):
     assert [stats["epoch"] for stats in log_lines(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_launcher_may_send_its_signal_more_than_once(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = main.StopRequest(None)
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------------------------------- one voice
 
 
