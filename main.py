@@ -384,6 +384,7 @@ def run(argv: list[str] | None) -> int:
         t.plan()  # an impossible --batchSize ends here, before a file is written
         config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
         utils.write_config(options.save, {**config, "weights_from": t.weights_from}, t.device)
+        utils.note_slow_bfloat16(options.dtype, t.device)
         report.print_start(options, t.model, t.optimizer, t.device)
         if t.weights_from and not t.history:  # a run that is killed in its first epoch starts from them again
             utils.save_checkpoint(options.save / CHECKPOINT, t.state())

@@ -47,7 +47,7 @@ from main import Training
 from options import Options, model_name, parse_options
 
 WARM_UP = 3  # steps of each configuration before its first turn
-PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
+PRODUCT = {"cpu": (1024, 5), "cuda": (8192, 20)}  # rows and columns; how many of them are timed at once
 # The table: key of the figure, label, factor, digits, whether more is better (None: no gain is printed).
 ROWS = (
     ("images_per_s", "images/s", 1, 1, True),
@@ -192,7 +192,7 @@ class Turns:
 
     def product_flops(self) -> float:
         """Floating-point operations per second of a large product, of the type of the convolutions."""
-        size, repeats = PRODUCT_SIZE[self.t.device.type], 20 if self.cuda else 1
+        size, repeats = PRODUCT[self.t.device.type]
         a = torch.randn(size, size, device=self.t.device).to(getattr(torch, self.t.options.dtype))
         allowed = torch.backends.cuda.matmul.allow_tf32
         where = utils.environment(self.t.device)
