@@ -454,6 +454,7 @@ def run(argv: list[str] | None) -> int:
         config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
         config["weights_from"] = t.weights_from
         distributed.first(lambda: utils.write_config(options.save, config, t.device))
+        utils.note_slow_bfloat16(options.dtype, t.device)
         report.print_start(options, t.model, t.optimizer, t.device)
         if t.weights_from and not t.history:  # a run that is killed in its first epoch starts from them again
             save(t)

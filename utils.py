@@ -318,6 +318,14 @@ def note_environment(then: dict, device: torch.device) -> None:
         print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)
 
 
+def note_slow_bfloat16(dtype: str, device: torch.device) -> None:
+    """Say so where bfloat16 is slower than float32: on an x86 CPU without instructions for it."""
+    if dtype == "bfloat16" and device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # torch that has no such function cannot tell
+        if has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16")):
+            print("note: this CPU has no bfloat16 instructions; float32 is several times faster", flush=True)
+
+
 # ------------------------------------------------------------------------------------------------- generators
 
 

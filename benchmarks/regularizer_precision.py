@@ -1,11 +1,19 @@
-"""How far reduced precision in the matrix products turns the regularizer's gradient.
+"""How far matrix products of narrow types turn the regularizer's gradient, and what they cost.
 
     python benchmarks/regularizer_precision.py [--rows 640] [--columns 5760] [--json FILE]
 
 For random unit rows, and for rows that the regularizer itself has made nearly orthogonal, the gradient
 2 (Y Y' - I) Y, projected onto the tangent spaces, is compared with float64: |error| / |gradient|, all rows.
-"tf32" and "bfloat16" round both operands of a product to that type and accumulate in float32, as the hardware
-does; "I afterwards" is the other order, 2 (Y Y' Y - Y).
+The distance from orthogonal is ||Y Y' - I||, "20 steps" are so many of SGD-G on the regularizer alone.
+"I afterwards" is the other order, 2 (Y Y' Y - Y).
+
+Narrow types are emulated: operands are rounded, products accumulate in float32 (a tensor core's own sums are
+not emulated). "3 x" splits an operand into two parts, a = hi + lo, and takes hi hi + hi lo + lo hi; "6 x"
+splits it into three, and leaves out what is smaller than the last part. "3 x, then 1 x" is the first product
+and the second. Operands of float16 are multiplied by 2^14 first: none is above 1.
+
+The cost counts products of 16-bit types, one of TF32 as 2. Y Y' is symmetric: its lo hi is hi lo transposed
+and costs nothing. Computing half of its hi hi alone would save 0.5 more, of TF32 1.
 """
 
 import argparse
@@ -13,6 +21,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +29,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from grassmann_optimizer import SGDG, orthogonality_gradient, project, unit
+
+SCALE = 2.0**14  # exact; keeps what counts of a unit row above float16's smallest numbers
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -32,16 +43,72 @@ def bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def rounded_gradient(y: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """`orthogonality_gradient` with the operands of both products rounded."""
-    gram = rounded(y) @ rounded(y).T
-    gram.diagonal().sub_(1)
-    return 2 * rounded(gram) @ rounded(y)
+def float16(x: Tensor) -> Tensor:
+    """float32, at most 2 in magnitude, rounded to float16 after scaling."""
+    return (x * SCALE).half().float() / SCALE
+
+
+class Narrow(NamedTuple):
+    """A way to multiply: how an operand is rounded, and into how many parts it is split before."""
+
+    rounded: Callable[[Tensor], Tensor]
+    parts: int
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Tensors of the narrow type whose sum is x but for rounding, the largest first."""
+        parts = []
+        for _ in range(self.parts):
+            parts.append(self.rounded(x))
+            x = x - parts[-1]
+        return parts
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b from the products of parts that are not below the last part's size, the smallest first."""
+        left, right, n = self.split(a), self.split(b), self.parts
+        pairs = [(i, size - i) for size in reversed(range(n)) for i in range(size + 1)]
+        return torch.stack([left[i] @ right[j] for i, j in pairs]).sum(0)
+
+    def cost(self, symmetric: bool) -> int:
+        """Products of 16-bit types; of a symmetric result one of (i, j) and (j, i) is enough."""
+        pairs = [(i, j) for i in range(self.parts) for j in range(self.parts - i)]
+        return (2 if self.rounded is tf32 else 1) * sum(i <= j or not symmetric for i, j in pairs)
+
+
+class Way(NamedTuple):
+    """A way to compute the gradient: `orthogonality_gradient` with narrow products."""
+
+    first: Narrow  # Y Y'
+    second: Narrow  # (Y Y' - I) Y
+
+    def __call__(self, y: Tensor) -> Tensor:
+        gram = self.first.product(y, y.T)
+        gram.diagonal().sub_(1)
+        return 2 * self.second.product(gram, y)
+
+    def cost(self) -> int:
+        """Of both products."""
+        return self.first.cost(symmetric=True) + self.second.cost(symmetric=False)
 
 
 def other_order(y: Tensor) -> Tensor:
     """The same gradient with I subtracted after the second product."""
     return 2 * ((y @ y.T) @ y - y)
+
+
+WAYS = {
+    "float32": orthogonality_gradient,
+    "float32, I afterwards": other_order,
+    "tf32": Way(Narrow(tf32, 1), Narrow(tf32, 1)),
+    "bfloat16": Way(Narrow(bfloat16, 1), Narrow(bfloat16, 1)),
+    "float16": Way(Narrow(float16, 1), Narrow(float16, 1)),
+    "3 x tf32": Way(Narrow(tf32, 2), Narrow(tf32, 2)),
+    "3 x tf32, then 1 x": Way(Narrow(tf32, 2), Narrow(tf32, 1)),
+    "3 x bfloat16": Way(Narrow(bfloat16, 2), Narrow(bfloat16, 2)),
+    "6 x bfloat16": Way(Narrow(bfloat16, 3), Narrow(bfloat16, 3)),
+    "6 x bfloat16, then 3 x": Way(Narrow(bfloat16, 3), Narrow(bfloat16, 2)),
+    "3 x float16": Way(Narrow(float16, 2), Narrow(float16, 2)),
+    "3 x float16, then 1 x": Way(Narrow(float16, 2), Narrow(float16, 1)),
+}
 
 
 def nearly_orthogonal(y: Tensor, steps: int) -> Tensor:
@@ -54,6 +121,15 @@ def nearly_orthogonal(y: Tensor, steps: int) -> Tensor:
     return unit(p.detach())[0]
 
 
+def measure(y: Tensor) -> dict:
+    """How far from orthogonal unit rows (rows, n) are, and each way's error on them."""
+    exact = project(y.double(), orthogonality_gradient(y.double()))
+    gram = y.double() @ y.double().T
+    off = (gram - torch.eye(len(y), dtype=gram.dtype)).norm().item()
+    errors = {way: ((project(y, f(y)) - exact).norm() / exact.norm()).item() for way, f in WAYS.items()}
+    return {"off_orthogonal": off, "errors": errors}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -63,25 +139,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     random = unit(torch.randn(args.rows, args.columns))[0]
-    ways = {
-        "float32": orthogonality_gradient,
-        "float32, I afterwards": other_order,
-        "tf32": lambda y: rounded_gradient(y, tf32),
-        "bfloat16": lambda y: rounded_gradient(y, bfloat16),
-    }
-    figures = {}
+    figures = {"random": measure(random)}
+    for steps in (20, 60, 100):
+        figures[f"{steps} steps"] = measure(nearly_orthogonal(random, steps))
+    costs = {way: f.cost() for way, f in WAYS.items() if isinstance(f, Way)}
     print(f"Relative error of the projected gradient, {args.rows} rows of {args.columns} elements")
-    print(f"{'rows':16} {'off':>11} " + " ".join(f"{name:>21}" for name in ways))
-    for steps in (0, 20, 60, 100):
-        y, name = nearly_orthogonal(random, steps), f"after {steps} steps" if steps else "random"
-        exact = project(y.double(), orthogonality_gradient(y.double()))
-        errors = {way: ((project(y, f(y)) - exact).norm() / exact.norm()).item() for way, f in ways.items()}
-        gram = y.double() @ y.double().T
-        off = (gram - torch.eye(len(y), dtype=gram.dtype)).norm().item()
-        print(f"{name:16} {off:11.1e} " + " ".join(f"{error:21.1e}" for error in errors.values()))
-        figures[name] = {"off_orthogonal": off, "errors": errors}
+    print(f"{'':24}{'cost':>5}" + "".join(f"{name:>12}" for name in figures))
+    off = "".join(f"{each['off_orthogonal']:12.1e}" for each in figures.values())
+    print(f"{'distance from orthogonal':29}{off}")
+    for way in WAYS:
+        errors = "".join(f"{each['errors'][way]:12.1e}" for each in figures.values())
+        print(f"{way:24}{costs.get(way, ''):>5}{errors}")
     if args.json:
-        result = {"rows": args.rows, "columns": args.columns, "figures": figures}
+        result = {"rows": args.rows, "columns": args.columns, "costs": costs, "figures": figures}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

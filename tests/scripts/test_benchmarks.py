@@ -1,13 +1,16 @@
 """Every benchmark runs, on a small setting, and prints and writes figures that can be true."""
 
+import gzip
 import json
 import math
 import os
+import re
 import runpy
+import statistics
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import METHODS, ROOT, call
 
 
 @pytest.fixture
@@ -56,12 +59,90 @@ def test_optimizer_step(benchmark):
 
 
 def test_regularizer_precision(benchmark):
-    out, result = benchmark("regularizer_precision", "--rows", 8, "--columns", 40)
-    for rows, figures in result["figures"].items():
-        assert any(line.startswith(rows) for line in out.splitlines())
-        errors = figures["errors"]
-        assert is_positive(figures["off_orthogonal"], *errors.values())
+    out, result = benchmark("regularizer_precision", "--rows", 8, "--columns", 200)
+    lines = {line[:24].strip(): line[24:].split() for line in out.splitlines()[1:]}
+    assert lines[""] == ["cost", "random", *["20", "steps", "60", "steps", "100", "steps"]]
+    figures = result["figures"].values()
+    for errors in (each["errors"] for each in figures):
+        assert is_positive(*errors.values())
         assert errors["float32"] < errors["tf32"] < errors["bfloat16"] < 1
+        assert errors["6 x bfloat16"] < errors["3 x bfloat16"] < errors["bfloat16"] / 100
+        for split in ("3 x float16", "3 x tf32"):  # 22 bits of 24
+            assert errors[split] < 10 * errors["float32"]
+            assert errors[split] < errors[split + ", then 1 x"] < 4e-4
+    for way, cost in result["costs"].items():
+        assert lines[way] == [str(cost), *(f"{each['errors'][way]:.1e}" for each in figures)]
+
+
+def test_costs_of_the_regularizers_products(benchmark):
+    """Products of parts, those of a lower order than the number of parts; of Y Y' the half that is new."""
+    _, result = benchmark("regularizer_precision", "--rows", 2, "--columns", 4)
+    one, two, three = 1 + 1, 2 + 3, 4 + 6
+    assert result["costs"] == {
+        "bfloat16": one, "float16": one, "tf32": 2 * one,
+        "3 x bfloat16": two, "3 x float16": two, "3 x tf32": 2 * two, "6 x bfloat16": three,
+        "3 x float16, then 1 x": 2 + 1, "3 x tf32, then 1 x": 2 * (2 + 1), "6 x bfloat16, then 3 x": 4 + 3,
+    }  # fmt: skip
+
+
+class TestTrainThroughput:
+    NETWORK = ("--depth", 10, "--width", 1, "--device", "cpu")
+
+    @pytest.fixture
+    def throughput(self, benchmark):
+        """throughput(*words): two short turns of each configuration of a tiny network."""
+        turns = ("--batchSize", 4, "--rounds", 2, "--steps", 2)
+        return lambda *words: benchmark("train_throughput", *self.NETWORK, *turns, *words)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_plain_configuration_trains_the_same_network(self, throughput, method):
+        strong = [] if method == "SGD" else ["--omega", 5]  # else too weak to be seen in three steps
+        _, result = throughput("--optim_method", method, "--dropout", 0, *strong)
+        ours, plain = result["ours"]["losses"], result["plain"]["losses"]
+        assert len(set(ours)) == 3
+        assert ours == pytest.approx(plain, rel=1e-5)
+
+    def test_figures_agree_with_each_other_and_with_the_table(self, throughput):
+        out, result = throughput("--optim_method", "SGDG")
+        table = {line[:28].strip(): line[28:].split() for line in out.splitlines()[4:]}
+        assert all(len(line) <= 80 for line in out.splitlines())
+        for column, name in enumerate(("ours", "plain")):
+            figures = result[name]
+            for turn in range(2):
+                rate, step, product = (
+                    figures[key][turn] for key in ("images_per_s", "step_s", "product_flops")
+                )
+                parts = [
+                    figures[f"{part}_s"][turn] for part in ("forward_backward", "optimizer", "input_wait")
+                ]
+                assert is_positive(rate, step, product, *parts)
+                assert rate * step == pytest.approx(4)  # pictures of a batch
+                assert sum(parts) <= step
+                flops = figures["share_of_product"][turn] * product
+                assert flops == pytest.approx(6 * result["multiply_adds"] * rate)
+            seconds = statistics.median(figures["optimizer_s"])
+            assert table["optimizer"][column] == f"{1e3 * seconds:,.2f}"
+            assert is_positive(*figures["first_step_s"])
+        assert result["gain"]["images_per_s"] == pytest.approx(result["gain"]["step_s"])
+        assert table["images/s"][2] == f"{result['gain']['images_per_s']:.2f}"
+        assert result["options"]["optim_method"] == "SGDG"
+
+    def test_counts_are_those_of_the_summary(self, throughput):
+        _, result = throughput("--optim_method", "AdamG")
+        summary = call("--summary", *self.NETWORK).out
+        count, parameters = (
+            int(re.search(rf"{what}: ([\d,]+)", summary)[1].replace(",", ""))
+            for what in ("multiply-adds of one picture", "in all")
+        )
+        assert result["multiply_adds"] == count
+        for name in ("ours", "plain"):  # weights, gradients and momentum, and more
+            assert 3 * 4 * parameters < result[name]["peak_bytes"][0] < 100 * 4 * parameters
+
+    def test_profile(self, throughput, tmp_path):
+        throughput("--profile", tmp_path / "profile")
+        assert "aten::convolution_backward" in (tmp_path / "profile/profile.txt").read_text()
+        trace = json.loads(gzip.decompress((tmp_path / "profile/trace.json.gz").read_bytes()))
+        assert trace["traceEvents"]
 
 
 def test_scale_invariance(benchmark):
