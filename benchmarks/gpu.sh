@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# What the first half hour on a GPU is for, in one command: the tests that need one, the optimizers' and the
+# training's speed, then the next unfinished run of WRN-28-10, until the minutes are over.
+#
+#     bash benchmarks/gpu.sh [minutes]                       (30 by default)
+#
+# A part that fails is named at the end and stops no other. Text and JSON go to logs/gpu; the same command
+# again skips the parts that are done there, and continues the runs.
+#
+# Environment variables:
+#     PYTHON    the interpreter; it has what requirements.txt and requirements-test.txt list (python3)
+#     OUT       another folder than logs/gpu
+#     RUNS      where the runs go (logs/published/whole-schedule)
+#     DATA      flags that name the data ("--dataset CIFAR10"), as "--dataset folder --dataroot pictures"
+#     NETWORK   flags that name the network ("--depth 28 --width 10")
+#     SETTING   flags of speed and precision ("--dtype bfloat16 --compile")
+#     EPOCHS    flags of a shorter schedule (none: the paper's)
+#     ROUNDS    of each measurement (15)
+#     DEVICE    cuda, or cpu to try this script
+set -uo pipefail
+ends=$((SECONDS + 60 * ${1:-30}))
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+python=${PYTHON:-python3} out=${OUT:-logs/gpu} runs=${RUNS:-logs/published/whole-schedule} device=${DEVICE:-cuda}
+read -ra data <<<"${DATA:---dataset CIFAR10}"
+read -ra network <<<"${NETWORK:---depth 28 --width 10}"
+read -ra setting <<<"${SETTING---dtype bfloat16 --compile}"
+read -ra epochs <<<"${EPOCHS:-}"
+rounds=${ROUNDS:-15}
+mkdir -p "$out" || exit
+failed=0
+
+part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
+    local name=$1 started=$SECONDS state
+    shift
+    if [ -e "$out/$name.done" ]; then
+        state="done before"
+    elif [ $SECONDS -ge $ends ]; then
+        state="no time left"
+    elif timeout --signal=TERM --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
+        touch "$out/$name.done"
+        state=finished
+    else
+        failed=1
+        state="failed ($?), see $out/$name.txt"
+    fi
+    printf '%-24s %4d s  %s\n' "$name" $((SECONDS - started)) "$state"
+}
+
+speed() { # NAME FLAGS...: of training
+    local name=$1
+    shift
+    part "$name" "$python" benchmarks/train_throughput.py "${network[@]}" --device "$device" --rounds "$rounds" \
+        --json "$out/$name.json" "$@"
+}
+
+train() { # NAME FLAGS...: the next part of a run
+    local left=$((ends - SECONDS)) save=$runs/$1
+    shift
+    if [ $left -lt 30 ]; then return; fi # an epoch's end and a checkpoint must fit
+    mkdir -p "$save"
+    if "$python" main.py "${network[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" --device "$device" "$@" --save "$save" \
+        --resume auto --max_minutes "$(((left - 25) / 60)).$(((left - 25) % 60 * 10 / 6))" >>"$save/output.txt" 2>&1; then
+        printf '%-24s %s\n' "${save#"$runs"/}" "$(tail -n 1 "$save/output.txt" | cut -c1-54)"
+    else
+        failed=1
+        printf '%-24s failed, see %s\n' "${save#"$runs"/}" "$save/output.txt"
+    fi
+}
+
+part tests "$python" -m pytest -q -p no:cacheprovider tests/optimizer/test_cuda.py tests/training/test_cuda.py
+part deterministic "$python" benchmarks/deterministic_cost.py "${network[@]}" --device "$device" --rounds "$rounds" \
+    --json "$out/deterministic.json"
+part optimizer_step "$python" benchmarks/optimizer_step.py "${network[@]}" --device "$device" --rounds "$rounds" \
+    --json "$out/optimizer_step.json"
+for method in SGDG AdamG SGD; do
+    speed "train_$method" --optim_method $method "${setting[@]}" --profile "$out/profile_$method"
+done
+speed train_float32 --optim_method SGDG
+for seed in 0 1 2; do
+    for method in SGD SGDG AdamG; do
+        train "$method/seed$seed" --optim_method $method --seed $seed
+    done
+    for method in SGDG AdamG; do
+        train "$method-measured/seed$seed" --optim_method $method --select measured --seed $seed
+    done
+done
+exit $failed

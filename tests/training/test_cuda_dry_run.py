@@ -1,0 +1,254 @@
+"""The CUDA paths on a machine without a GPU: fake tensors, which have a device and a shape but no values.
+
+They find tensors that meet on different devices, and every place where the host waits for the device. What
+has no fake form is replaced by stand-ins that check the devices: backward, the kernel's launch, fused SGD,
+pinned memory, the generator, addresses. All else is the real code.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import METHODS, ROOT
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import grassmann_optimizer as go
+import main
+from data import DataSet, TrainBatches
+from grassmann_optimizer import SGDG, AdamG
+from options import parse_options
+from utils import StopRequest
+
+NETWORKS = {"wrn": ["--depth", "10", "--width", "1"], "vgg": ["--model", "vgg11"]}
+BATCH, STEPS = 4, 12  # images in a step, and steps of an epoch: after every second one its sums are read
+CONSTRUCTION = {"Training.__init__", "move"}  # the weights and constants go to the device
+BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+aten = torch.ops.aten
+
+
+class Reads(TorchDispatchMode):
+    """Notes each place of the program that waits for the device; answers with 0 or True."""
+
+    ITEM = (aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default)
+    COPY = (aten._to_copy.default, aten.copy_.default)
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[str] = []  # qualified names of functions, one for each wait
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.ITEM and isinstance(args[0], FakeTensor):
+            if args[0].device.type == "cuda":
+                self.note()
+            return args[0].dtype == torch.bool
+        if func == aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.note()  # for how many are chosen: here all
+            return args[0]
+        result = func(*args, **kwargs)
+        if func in self.COPY:
+            source = args[1] if func == aten.copy_.default else args[0]
+            waits = result.device.type == "cpu" or not (kwargs.get("non_blocking") or True in args[2:])
+            if waits and source.device != result.device:
+                self.note()
+        return result
+
+    def note(self):
+        frame = sys._getframe(2)
+        while not is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        self.places.append(frame.f_code.co_qualname)
+
+    def since(self) -> set[str]:
+        """The places since the last call."""
+        places, self.places = set(self.places), []
+        return places
+
+
+def is_ours(file: str) -> bool:
+    return Path(file).parent in (ROOT, ROOT / "tests" / "training")
+
+
+def on_device(*values) -> bool:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return bool(tensors) and all(t.device.type == "cuda" for t in tensors)
+
+
+class Kernel:
+    """In place of the optimizers' kernel."""
+
+    def __getitem__(self, grid):
+        (self.rows,) = grid
+        return self.launch
+
+    def launch(self, table, layer_of_row, rates, *numbers, **constants):
+        assert on_device(table, layer_of_row, rates)
+        assert table.shape == (len(rates), 6)
+        assert (layer_of_row.shape, layer_of_row.dtype) == ((self.rows,), torch.int32)
+        assert (table.dtype, rates.dtype) == (torch.int64, torch.float32)
+        assert not any(isinstance(value, torch.Tensor) for value in (*numbers, *constants.values()))
+
+
+def on_host(state, *device):
+    """In place of setting a generator, also a GPU's: its state is the host's."""
+    assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
+
+
+def fused_sgd(*lists, **options):
+    assert on_device(lists, options)
+
+
+def move(module, device, memory_format=torch.preserve_format):
+    """In place of nn.Module.to, which would swap the fake tensors for others and cannot."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                stored = {"memory_format": memory_format} if p.ndim == 4 else {}
+                part._parameters[name] = nn.Parameter(p.detach().to(device, **stored))
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer.to(device)
+    return module
+
+
+def host_table(layers, pin, real=go._host_table):
+    assert pin
+    with unset_fake_temporarily():  # it repeats as often as a tensor's values say
+        return real(layers, pin=False)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A GPU of fake tensors, for the duration of the test."""
+    monkeypatch.setattr(FakeTensorMode, "avoid_device_init", not torch.cuda.is_available())
+    for name, value in {
+        "is_available": True, "device_count": 1, "is_bf16_supported": True,
+        "is_current_stream_capturing": False, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "get_device_name": "a GPU", "get_device_capability": (9, 0), "device_of": contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", "cuda")
+    monkeypatch.setattr(go, "_advance_kernel", Kernel(), raising=False)
+    monkeypatch.setattr(go, "_host_table", host_table)
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(torch, "set_rng_state", on_host)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", on_host)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    address = lambda t: t.untyped_storage()._cdata + t.storage_offset()  # noqa: E731
+    monkeypatch.setattr(FakeTensor, "data_ptr", address, raising=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), Reads() as reads:
+        yield reads
+
+
+def make(monkeypatch, method, network="wrn", *more) -> main.Training:
+    """A run of noise on the fake GPU."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8), np.arange(STEPS * BATCH) % 10
+    classes = tuple(map(str, range(10)))
+    data = DataSet("noise", images, labels, images[:6], labels[:6], classes, (1.0, 2, 3), (1.0, 2, 3), True)
+    run = ["--device", "cuda", "--batchSize", str(BATCH), "--nthread", "0"]  # another thread has no fakes
+    options, _ = parse_options(["--optim_method", method, *NETWORKS[network], *run, *more])
+
+    def gradients(loss, params, allow_unused=True):
+        assert on_device(loss)
+        assert (loss.shape, loss.requires_grad) == ((), True)
+        return [torch.empty_like(p) for p in params]
+
+    def backward(loss):
+        params = list(t.model.parameters())
+        for p, gradient in zip(params, gradients(loss, params), strict=True):
+            p.grad = gradient
+
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    t = main.Training(options, data)
+    return t
+
+
+def step(t):
+    """One step as `train_epoch` makes it, without its reads."""
+    for images, labels in TrainBatches(t.data.train_images, t.data.train_labels, 4).iterate(
+        t.plan(), STEPS - 1, 0
+    ):
+        x, labels = t.inputs(images, labels)
+        t.count(*t.step(x, labels), labels)
+
+
+PRECISIONS = [("wrn", "float32"), ("vgg", "bfloat16"), ("wrn", "float16")]
+
+
+@pytest.mark.parametrize(("network", "dtype"), PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_device(reads, monkeypatch, method, network, dtype):
+    t = make(monkeypatch, method, network, "--dtype", dtype)
+    assert on_device(list(t.model.parameters()), list(t.model.buffers()), t.sums, t.probe.sums)
+    reads.since()
+    for t.probe.active in (True, False):
+        step(t)
+    # torch's scaler looks whether a gradient has overflowed.
+    assert reads.since() == ({"Training.step"} if dtype == "float16" else set())
+
+
+def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
+    t = make(monkeypatch, "SGDG")
+    stop = StopRequest(None)
+    reads.since()
+    main.train_epoch(t, TrainBatches(t.data.train_images, t.data.train_labels, 4), stop)
+    assert Counter(reads.places)["Training.first_bad_step"] == STEPS // 2 + 1
+    assert reads.since() == {"Training.first_bad_step", "Training.totals", "Training.check_finite"}
+    assert main.evaluate(t, stop) == (0, 0)
+    assert reads.since() == {"evaluate"}
+    list(main.test_logits(t))
+    assert reads.since() == set()
+    t.probe.read()
+    assert reads.since() == {"GrassmannProbe.read"}
+    t.totals()
+    t.state()
+    assert reads.since() == {"Training.totals", "Training.state"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, method):
+    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
+    t.probe.active = True
+    step(t)
+    state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), t.state())
+    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
+    t.restore(state)
+    tensors = [list(t.model.state_dict().values()), t.optimizer.state_dict()["state"], t.sums, t.probe.sums]
+    assert all(map(on_device, tensors))
+    reads.since()
+    step(t)
+    assert reads.since() == {"Training.step"}
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_weights_are_measured_on_the_device(reads, monkeypatch, method):
+    t = make(monkeypatch, method, "vgg", "--select", "measured")
+    assert reads.since() == {"_measure_cosine", *CONSTRUCTION}
+    step(t)
+    assert reads.since() == set()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_blocks_do_not_wait(reads, monkeypatch, Optimizer, dtype):
+    """Rows too long for the kernel, or all where there is no Triton; narrow weights; rates on the host."""
+    p = nn.Parameter(torch.empty(3, go._LONGEST_ROW + 1, dtype=dtype, device="cuda"))
+    q = nn.Parameter(torch.empty(3, 5, dtype=dtype, device="cuda").t())
+    p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+    optimizer = Optimizer([p], lr=torch.tensor(0.1), momentum=0.9, grassmann=True, omega=0.1, grad_clip=0.1)
+    optimizer.add_param_group({"params": [q], "grassmann": True, "omega": 0.0, "maximize": True})
+    for kernel in ("cuda", None):
+        monkeypatch.setattr(go, "_KERNEL_DEVICE", kernel)
+        reads.since()
+        optimizer.step()
+        assert reads.since() == set()
+    assert on_device([list(state.values()) for state in optimizer.state.values()])
