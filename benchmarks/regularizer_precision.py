@@ -7,10 +7,12 @@ For random unit rows, and for rows that the regularizer itself has made nearly o
 The distance from orthogonal is ||Y Y' - I||, "20 steps" are so many of SGD-G on the regularizer alone.
 "I afterwards" is the other order, 2 (Y Y' Y - Y).
 
-Narrow types are emulated: operands are rounded, products accumulate in float32 (a tensor core's own sums are
-not emulated). "3 x" splits an operand into two parts, a = hi + lo, and takes hi hi + hi lo + lo hi; "6 x"
-splits it into three, and leaves out what is smaller than the last part. "3 x, then 1 x" is the first product
-and the second. Operands of float16 are multiplied by 2^14 first: none is above 1.
+Narrow types are emulated: operands are rounded, products accumulate in float32. "3 x" splits an operand into
+two parts, a = hi + lo, and takes hi hi + hi lo + lo hi; "6 x" splits it into three, and leaves out what is
+smaller than the last part. "3 x, then 1 x" is the first product and the second. Operands of float16 are
+multiplied by 2^14 first: none is above 1. "Truncated" sums as NVIDIA's tensor cores have been found to (Fasi
+et al., "Numerical behavior of NVIDIA tensor cores", 2021): each 16 products exactly, then added to the
+float32 sum and rounded towards zero. "In slices" adds sums of 128 products in float32, rounded to nearest.
 
 The cost counts products of 16-bit types, one of TF32 as 2. Y Y' is symmetric: its lo hi is hi lo transposed
 and costs nothing. Computing half of its hi hi alone would save 0.5 more, of TF32 1.
@@ -48,11 +50,27 @@ def float16(x: Tensor) -> Tensor:
     return (x * SCALE).half().float() / SCALE
 
 
+def truncated(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, float32, with a sum that is rounded towards zero after each 16 products."""
+    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for i in range(0, a.shape[1], 16):
+        total = total.addmm(a[:, i : i + 16].double(), b[i : i + 16].double())
+        total = (total.view(torch.int64) & ~(2**29 - 1)).view(torch.float64)  # to float32's 24 bits
+    return total.float()
+
+
+def in_slices(a: Tensor, b: Tensor) -> Tensor:
+    """The same with the sums of each 128 products added in float32."""
+    return sum(truncated(a[:, i : i + 128], b[i : i + 128]) for i in range(0, a.shape[1], 128))
+
+
 class Narrow(NamedTuple):
-    """A way to multiply: how an operand is rounded, and into how many parts it is split before."""
+    """A way to multiply: an operand's rounding, the parts that it is split into before, how products are
+    summed."""
 
     rounded: Callable[[Tensor], Tensor]
     parts: int
+    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Tensors of the narrow type whose sum is x but for rounding, the largest first."""
@@ -66,7 +84,7 @@ class Narrow(NamedTuple):
         """a @ b from the products of parts that are not below the last part's size, the smallest first."""
         left, right, n = self.split(a), self.split(b), self.parts
         pairs = [(i, size - i) for size in reversed(range(n)) for i in range(size + 1)]
-        return torch.stack([left[i] @ right[j] for i, j in pairs]).sum(0)
+        return torch.stack([self.matmul(left[i], right[j]) for i, j in pairs]).sum(0)
 
     def cost(self, symmetric: bool) -> int:
         """Products of 16-bit types; of a symmetric result one of (i, j) and (j, i) is enough."""
@@ -108,6 +126,8 @@ WAYS = {
     "6 x bfloat16, then 3 x": Way(Narrow(bfloat16, 3), Narrow(bfloat16, 2)),
     "3 x float16": Way(Narrow(float16, 2), Narrow(float16, 2)),
     "3 x float16, then 1 x": Way(Narrow(float16, 2), Narrow(float16, 1)),
+    "3 x float16, truncated": Way(*2 * [Narrow(float16, 2, truncated)]),
+    "3 x float16, in slices": Way(*2 * [Narrow(float16, 2, in_slices)]),
 }
 
 

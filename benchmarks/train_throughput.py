@@ -44,10 +44,10 @@ import utils
 from data import CIFAR_STATISTICS, DataSet, EpochPlan, TrainBatches
 from grassmann_optimizer import adamg_update, sgdg_update
 from main import Training
-from options import Options, model_name, parse_options
+from options import Options, model_name, number, parse_options
 
 WARM_UP = 3  # steps of each configuration before its first turn
-PRODUCT = {"cpu": (1024, 5), "cuda": (8192, 20)}  # rows and columns; how many of them are timed at once
+PRODUCT = {"cpu": (1024, 1), "cuda": (8192, 20)}  # rows and columns; how many of them are timed at once
 # The table: key of the figure, label, factor, digits, whether more is better (None: no gain is printed).
 ROWS = (
     ("images_per_s", "images/s", 1, 1, True),
@@ -137,13 +137,13 @@ class Turns:
         self.cuda = self.t.device.type == "cuda"
         self.t.optimizer.register_step_pre_hook(lambda *_: self._mark("before"))
         self.t.optimizer.register_step_post_hook(lambda *_: self._mark("after"))
-        self.multiply_adds = multiply_adds(self.t)
         self.t.model.train()
         self.losses, done = [], []
         with closing(self.iterate(epoch=0)) as epoch:
             for images, labels in islice(epoch, WARM_UP):
                 self.losses.append(self.step(images, labels).item())  # waits for the device
                 done.append(time.perf_counter())
+        self.multiply_adds = multiply_adds(self.t)
         held = held_bytes(self.t) + peak_memory(lambda: self.step(images, labels), self.cuda)
         self.figures = {"peak_bytes": [held], "first_step_s": [done[0] - started]}
         self.product_flops()  # warms up, too
@@ -250,6 +250,7 @@ def multiply_adds(t: Training) -> int:
     """Of one picture's forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         t.model.eval()(torch.zeros(1, 3, 32, 32, device=t.device))
+    t.model.train()
     return counter.get_total_flops() // 2
 
 
@@ -318,13 +319,16 @@ def print_table(result: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each configuration takes its turn")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed in a turn")
+    count = number(int, 1)
+    parser.add_argument(
+        "--rounds", type=count, default=5, help="times that each configuration takes its turn"
+    )
+    parser.add_argument("--steps", type=count, default=20, help="steps that are timed in a turn")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="profile a few of our steps into DIR")
     args, rest = parser.parse_known_args(argv)
     try:
-        options, _ = parse_options([*rest, "--dataset", "CIFAR10"])
+        options, _ = parse_options([*rest, "--dataset", "CIFAR10", "--randomcrop_pad", str(PAD)])
     except utils.UserError as error:
         parser.error(str(error))
     turns = measure(options, args.rounds, args.steps)

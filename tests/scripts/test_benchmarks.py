@@ -59,7 +59,7 @@ def test_optimizer_step(benchmark):
 
 
 def test_regularizer_precision(benchmark):
-    out, result = benchmark("regularizer_precision", "--rows", 8, "--columns", 200)
+    out, result = benchmark("regularizer_precision", "--rows", 8, "--columns", 640)
     lines = {line[:24].strip(): line[24:].split() for line in out.splitlines()[1:]}
     assert lines[""] == ["cost", "random", *["20", "steps", "60", "steps", "100", "steps"]]
     figures = result["figures"].values()
@@ -70,6 +70,7 @@ def test_regularizer_precision(benchmark):
         for split in ("3 x float16", "3 x tf32"):  # 22 bits of 24
             assert errors[split] < 10 * errors["float32"]
             assert errors[split] < errors[split + ", then 1 x"] < 4e-4
+        assert errors["3 x float16, in slices"] < errors["3 x float16, truncated"] / 1.5
     for way, cost in result["costs"].items():
         assert lines[way] == [str(cost), *(f"{each['errors'][way]:.1e}" for each in figures)]
 
@@ -81,6 +82,7 @@ def test_costs_of_the_regularizers_products(benchmark):
     assert result["costs"] == {
         "bfloat16": one, "float16": one, "tf32": 2 * one,
         "3 x bfloat16": two, "3 x float16": two, "3 x tf32": 2 * two, "6 x bfloat16": three,
+        "3 x float16, truncated": two, "3 x float16, in slices": two,
         "3 x float16, then 1 x": 2 + 1, "3 x tf32, then 1 x": 2 * (2 + 1), "6 x bfloat16, then 3 x": 4 + 3,
     }  # fmt: skip
 
