@@ -13,8 +13,10 @@
 #     RUNS      where the runs go (logs/published/whole-schedule)
 #     DATA      flags that name the data ("--dataset CIFAR10"), as "--dataset folder --dataroot pictures"
 #     NETWORK   flags that name the network ("--depth 28 --width 10")
+#     BATCH     pictures in a step (128)
 #     SETTING   flags of speed and precision ("--dtype bfloat16 --compile")
 #     EPOCHS    flags of a shorter schedule (none: the paper's)
+#     SEEDS     of the runs ("0 1 2")
 #     ROUNDS    of each measurement (15)
 #     DEVICE    cuda, or cpu to try this script
 set -uo pipefail
@@ -25,7 +27,8 @@ read -ra data <<<"${DATA:---dataset CIFAR10}"
 read -ra network <<<"${NETWORK:---depth 28 --width 10}"
 read -ra setting <<<"${SETTING---dtype bfloat16 --compile}"
 read -ra epochs <<<"${EPOCHS:-}"
-rounds=${ROUNDS:-15}
+all=("${network[@]}" --batchSize "$batch" --device "$device")
+rounds=${ROUNDS:-15} batch=${BATCH:-128}
 mkdir -p "$out" || exit
 failed=0
 
@@ -36,12 +39,11 @@ part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
         state="done before"
     elif [ $SECONDS -ge $ends ]; then
         state="no time left"
-    elif timeout --signal=TERM --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
+    elif timeout --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
         touch "$out/$name.done"
         state=finished
     else
-        failed=1
-        state="failed ($?), see $out/$name.txt"
+        state="failed ($?), see $out/$name.txt" failed=1
     fi
     printf '%-24s %4d s  %s\n' "$name" $((SECONDS - started)) "$state"
 }
@@ -49,17 +51,18 @@ part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
 speed() { # NAME FLAGS...: of training
     local name=$1
     shift
-    part "$name" "$python" benchmarks/train_throughput.py "${network[@]}" --device "$device" --rounds "$rounds" \
+    part "$name" "$python" benchmarks/train_throughput.py "${all[@]}" --rounds "$rounds" \
         --json "$out/$name.json" "$@"
 }
 
 train() { # NAME FLAGS...: the next part of a run
-    local left=$((ends - SECONDS)) save=$runs/$1
+    local minutes left=$((ends - SECONDS - 20)) save=$runs/$1 # seconds; the last are for the checkpoint
     shift
-    if [ $left -lt 30 ]; then return; fi # an epoch's end and a checkpoint must fit
+    if [ $left -lt 10 ]; then return; fi
     mkdir -p "$save"
-    if "$python" main.py "${network[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" --device "$device" "$@" --save "$save" \
-        --resume auto --max_minutes "$(((left - 25) / 60)).$(((left - 25) % 60 * 10 / 6))" >>"$save/output.txt" 2>&1; then
+    minutes=$(printf %d.%02d $((left / 60)) $((left % 60 * 100 / 60)))
+    if "$python" main.py "${all[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" "$@" \
+        --save "$save" --resume auto --max_minutes "$minutes" >>"$save/output.txt" 2>&1; then
         printf '%-24s %s\n' "${save#"$runs"/}" "$(tail -n 1 "$save/output.txt" | cut -c1-54)"
     else
         failed=1
@@ -68,7 +71,7 @@ train() { # NAME FLAGS...: the next part of a run
 }
 
 part tests "$python" -m pytest -q -p no:cacheprovider tests/optimizer/test_cuda.py tests/training/test_cuda.py
-part deterministic "$python" benchmarks/deterministic_cost.py "${network[@]}" --device "$device" --rounds "$rounds" \
+part deterministic "$python" benchmarks/deterministic_cost.py "${all[@]}" --rounds "$rounds" \
     --json "$out/deterministic.json"
 part optimizer_step "$python" benchmarks/optimizer_step.py "${network[@]}" --device "$device" --rounds "$rounds" \
     --json "$out/optimizer_step.json"
@@ -76,7 +79,7 @@ for method in SGDG AdamG SGD; do
     speed "train_$method" --optim_method $method "${setting[@]}" --profile "$out/profile_$method"
 done
 speed train_float32 --optim_method SGDG
-for seed in 0 1 2; do
+for seed in ${SEEDS:-0 1 2}; do
     for method in SGD SGDG AdamG; do
         train "$method/seed$seed" --optim_method $method --seed $seed
     done

@@ -90,6 +90,24 @@ def assert_one_sentence(outcome: Outcome, code: int, *patterns: str) -> None:
         assert re.search(pattern, outcome.err), (pattern, outcome.err)
 
 
+def stop_at(monkeypatch, check: int, rank: int = 0) -> None:
+    """The run is asked to stop, as by SIGTERM, when the loop asks for the check-th time, counted from 1.
+
+    Of several processes, the one of that rank is asked.
+    """
+
+    class Stop(main.StopRequest):
+        checks = 0
+
+        def asked(self, by_signal=False):
+            self.checks += 1
+            if main.distributed.rank() == rank and self.checks >= check:
+                self.received = signal.SIGTERM
+            return super().asked(by_signal)
+
+    monkeypatch.setattr(main, "StopRequest", Stop)
+
+
 def make_pictures(root: Path) -> Path:
     """A `folder` data set: 48 noisy pictures to train, 18 to test, of 3 classes with a tinge of their own."""
     rng = np.random.default_rng(0)

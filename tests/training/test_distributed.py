@@ -21,6 +21,7 @@ from helpers import (
     load,
     log_lines,
     start_ranks,
+    stop_at,
 )
 from torch import nn
 
@@ -69,21 +70,6 @@ def assert_same_losses(a, b):
 
 def on_rank(number):
     return distributed.rank() == number
-
-
-def stop_at(monkeypatch, rank, check):
-    """One process is asked to stop, as by SIGTERM, when its loop asks for the check-th time."""
-
-    class Stop(main.StopRequest):
-        checks = 0
-
-        def asked(self, by_signal=False):
-            self.checks += 1
-            if on_rank(rank) and self.checks >= check:
-                self.received = signal.SIGTERM
-            return super().asked(by_signal)
-
-    monkeypatch.setattr(main, "StopRequest", Stop)
 
 
 # ------------------------------------------------------------------------------------------ the same training
@@ -204,7 +190,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     for check in range(1, 100):
         save = tmp_path / f"at{check}"
         with monkeypatch.context() as patch:
-            stop_at(patch, check % size, check)
+            stop_at(patch, check, rank=check % size)
             outcomes = ranks(size, *tiny(method, save, *BATCH, *zero))
         if outcomes[0].code == 0:
             break
@@ -245,7 +231,7 @@ def test_another_number_of_processes_goes_on_with_a_note(
     assert call(*tiny("SGDG", tmp_path / "single", *flags)).code == 0
     save = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_at(patch, 0, 1)
+        stop_at(patch, 1)
         assert_fine(ranks(2, *tiny("SGDG", save, *flags)), 143)
     assert load(save)["batch"] == 1
     outcomes = ranks(now, "--resume", save) if now > 1 else [call("--resume", save)]

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, STEPS, assert_one_sentence, assert_same_run, call, contents, load, log_lines
+from helpers import (
+    METHODS,
+    STEPS,
+    assert_one_sentence,
+    assert_same_run,
+    call,
+    contents,
+    load,
+    log_lines,
+    stop_at,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
@@ -23,21 +33,6 @@ import utils
 TEST_BATCHES = 2  # of an evaluation of `tiny`
 # The loop asks whether to stop after each step, before the evaluation, after each of its batches, at the end.
 CHECKS = STEPS + 1 + TEST_BATCHES + 1
-
-
-def stop_at(monkeypatch, check: int) -> None:
-    """The run is asked to stop, as by SIGTERM, when the loop asks for the check-th time, counted from 1."""
-
-    class Stop(main.StopRequest):
-        checks = 0
-
-        def asked(self, by_signal=False):
-            self.checks += 1
-            if self.checks >= check:
-                self.received = signal.SIGTERM
-            return super().asked(by_signal)
-
-    monkeypatch.setattr(main, "StopRequest", Stop)
 
 
 def stopped_run(tiny, monkeypatch, method, save, check, *flags):
