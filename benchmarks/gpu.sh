@@ -4,8 +4,9 @@
 #
 #     bash benchmarks/gpu.sh [minutes]                       (30 by default)
 #
-# A part that fails is named at the end and stops no other. Text and JSON go to logs/gpu; the same command
-# again skips the parts that are done there, and continues the runs.
+# A part that fails says so and stops no other. Text and JSON go to logs/gpu; the same command again skips the
+# parts that are done there, and continues the runs. SIGTERM or Ctrl-C: the run that goes on writes its
+# checkpoint, and no other part starts.
 #
 # Environment variables:
 #     PYTHON    the interpreter; it has what requirements.txt and requirements-test.txt list (python3)
@@ -27,10 +28,25 @@ read -ra data <<<"${DATA:---dataset CIFAR10}"
 read -ra network <<<"${NETWORK:---depth 28 --width 10}"
 read -ra setting <<<"${SETTING---dtype bfloat16 --compile}"
 read -ra epochs <<<"${EPOCHS:-}"
-all=("${network[@]}" --batchSize "$batch" --device "$device")
 rounds=${ROUNDS:-15} batch=${BATCH:-128}
+all=("${network[@]}" --batchSize "$batch" --device "$device")
 mkdir -p "$out" || exit
-failed=0
+failed=0 child=
+trap 'ends=0 failed=143; ${child:+kill $child}' TERM INT
+
+wait_for() { # COMMAND...: a signal is handed on to it, and it is waited for all the same
+    local code
+    "$@" &
+    child=$!
+    wait $child
+    code=$?
+    while kill -0 $child 2>/dev/null; do
+        wait $child
+        code=$?
+    done
+    child=
+    return $code
+}
 
 part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
     local name=$1 started=$SECONDS state
@@ -39,11 +55,13 @@ part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
         state="done before"
     elif [ $SECONDS -ge $ends ]; then
         state="no time left"
-    elif timeout --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
+    elif wait_for timeout --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
         touch "$out/$name.done"
         state=finished
+    elif [ $SECONDS -ge $ends ]; then
+        state="out of time"
     else
-        state="failed ($?), see $out/$name.txt" failed=1
+        state="failed, see $out/$name.txt" failed=1
     fi
     printf '%-24s %4d s  %s\n' "$name" $((SECONDS - started)) "$state"
 }
@@ -56,22 +74,21 @@ speed() { # NAME FLAGS...: of training
 }
 
 train() { # NAME FLAGS...: the next part of a run
-    local minutes left=$((ends - SECONDS - 20)) save=$runs/$1 # seconds; the last are for the checkpoint
+    local code=0 minutes state left=$((ends - SECONDS - 20)) save=$runs/$1 # 20 seconds for the checkpoint
     shift
     if [ $left -lt 10 ]; then return; fi
     mkdir -p "$save"
     minutes=$(printf %d.%02d $((left / 60)) $((left % 60 * 100 / 60)))
-    if "$python" main.py "${all[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" "$@" \
-        --save "$save" --resume auto --max_minutes "$minutes" >>"$save/output.txt" 2>&1; then
-        printf '%-24s %s\n' "${save#"$runs"/}" "$(tail -n 1 "$save/output.txt" | cut -c1-54)"
-    else
-        failed=1
-        printf '%-24s failed, see %s\n' "${save#"$runs"/}" "$save/output.txt"
-    fi
+    wait_for "$python" main.py "${all[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" "$@" \
+        --save "$save" --resume auto --max_minutes "$minutes" >>"$save/output.txt" 2>&1 || code=$?
+    state=$(tail -n 1 "$save/output.txt" | cut -c1-54)
+    if [ $code -ne 0 ] && [ $code -ne 143 ]; then failed=1 state="failed, see $save/output.txt"; fi
+    printf '%-24s %s\n' "${save#"$runs"/}" "$state"
 }
 
-part tests "$python" -m pytest -q -p no:cacheprovider tests/optimizer/test_cuda.py tests/training/test_cuda.py
-part deterministic "$python" benchmarks/deterministic_cost.py "${all[@]}" --rounds "$rounds" \
+part tests "$python" -m pytest -q -p no:cacheprovider -m "not long" tests/optimizer/test_cuda.py \
+    tests/optimizer/test_fast_paths.py tests/training/test_cuda.py
+part deterministic "$python" benchmarks/deterministic_cost.py "${all[@]}" "${setting[@]}" --rounds "$rounds" \
     --json "$out/deterministic.json"
 part optimizer_step "$python" benchmarks/optimizer_step.py "${network[@]}" --device "$device" --rounds "$rounds" \
     --json "$out/optimizer_step.json"
