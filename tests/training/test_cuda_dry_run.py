@@ -6,8 +6,9 @@ pinned memory, the generator, addresses. All else is the real code.
 """
 
 import contextlib
+import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import METHODS, ROOT
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -34,7 +36,10 @@ aten = torch.ops.aten
 
 
 class Reads(TorchDispatchMode):
-    """Notes each place of the program that waits for the device; answers with 0 or True."""
+    """Notes each place of the program that waits for the device, and answers with 0 or True.
+
+    Counts besides how often the stand-ins for the kernel, fused SGD and pinned memory are used.
+    """
 
     ITEM = (aten.item.default, aten._local_scalar_dense.default, aten.is_nonzero.default)
     COPY = (aten._to_copy.default, aten.copy_.default)
@@ -42,6 +47,7 @@ class Reads(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.places: list[str] = []  # qualified names of functions, one for each wait
+        self.used: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,6 +77,22 @@ class Reads(TorchDispatchMode):
         places, self.places = set(self.places), []
         return places
 
+    def launch(self, table, layer_of_row, rates, *numbers, **constants):
+        """In place of the optimizers' kernel."""
+        assert on_device(table, layer_of_row, rates)
+        assert (table.shape, table.dtype) == ((len(rates), 6), torch.int64)
+        assert (layer_of_row.ndim, layer_of_row.dtype, rates.dtype) == (1, torch.int32, torch.float32)
+        assert not any(isinstance(value, torch.Tensor) for value in (*numbers, *constants.values()))
+        self.used["kernel"] += 1
+
+    def fused_sgd(self, *lists, **options):
+        assert on_device(lists, options)
+        self.used["fused SGD"] += 1
+
+    def pin(self, tensor):
+        self.used["pinned"] += 1
+        return tensor
+
 
 def is_ours(file: str) -> bool:
     return Path(file).parent in (ROOT, ROOT / "tests" / "training")
@@ -81,28 +103,9 @@ def on_device(*values) -> bool:
     return bool(tensors) and all(t.device.type == "cuda" for t in tensors)
 
 
-class Kernel:
-    """In place of the optimizers' kernel."""
-
-    def __getitem__(self, grid):
-        (self.rows,) = grid
-        return self.launch
-
-    def launch(self, table, layer_of_row, rates, *numbers, **constants):
-        assert on_device(table, layer_of_row, rates)
-        assert table.shape == (len(rates), 6)
-        assert (layer_of_row.shape, layer_of_row.dtype) == ((self.rows,), torch.int32)
-        assert (table.dtype, rates.dtype) == (torch.int64, torch.float32)
-        assert not any(isinstance(value, torch.Tensor) for value in (*numbers, *constants.values()))
-
-
 def on_host(state, *device):
     """In place of setting a generator, also a GPU's: its state is the host's."""
     assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
-
-
-def fused_sgd(*lists, **options):
-    assert on_device(lists, options)
 
 
 def move(module, device, memory_format=torch.preserve_format):
@@ -119,6 +122,7 @@ def move(module, device, memory_format=torch.preserve_format):
 
 def host_table(layers, pin, real=go._host_table):
     assert pin
+    assert on_device(layers)  # the kernel would follow any address
     with unset_fake_temporarily():  # it repeats as often as a tensor's values say
         return real(layers, pin=False)
 
@@ -126,24 +130,28 @@ def host_table(layers, pin, real=go._host_table):
 @pytest.fixture
 def reads(monkeypatch):
     """A GPU of fake tensors, for the duration of the test."""
+    # Whether there is a real GPU, which fake tensors ask, before the answer becomes yes.
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", not torch.cuda.is_available())
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     for name, value in {
         "is_available": True, "device_count": 1, "is_bf16_supported": True,
         "is_current_stream_capturing": False, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "get_device_name": "a GPU", "get_device_capability": (9, 0), "device_of": contextlib.nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
+    reads = Reads()
     monkeypatch.setattr(go, "_KERNEL_DEVICE", "cuda")
-    monkeypatch.setattr(go, "_advance_kernel", Kernel(), raising=False)
+    monkeypatch.setattr(go, "_advance_kernel", defaultdict(lambda: reads.launch), raising=False)
     monkeypatch.setattr(go, "_host_table", host_table)
-    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+    monkeypatch.setattr(torch, "_fused_sgd_", reads.fused_sgd)
     monkeypatch.setattr(nn.Module, "to", move)
     monkeypatch.setattr(torch, "set_rng_state", on_host)
     monkeypatch.setattr(torch.cuda, "set_rng_state", on_host)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: reads.pin(tensor))
     address = lambda t: t.untyped_storage()._cdata + t.storage_offset()  # noqa: E731
     monkeypatch.setattr(FakeTensor, "data_ptr", address, raising=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), Reads() as reads:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of StopRequest
+    with FakeTensorMode(allow_non_fake_inputs=True), reads:
         yield reads
 
 
@@ -168,17 +176,21 @@ def make(monkeypatch, method, network="wrn", *more) -> main.Training:
 
     monkeypatch.setattr(torch.autograd, "grad", gradients)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    t = main.Training(options, data)
+    t = main.Training(options, data)  # for `backward`, too
     return t
 
 
 def step(t):
-    """One step as `train_epoch` makes it, without its reads."""
-    for images, labels in TrainBatches(t.data.train_images, t.data.train_labels, 4).iterate(
-        t.plan(), STEPS - 1, 0
-    ):
-        x, labels = t.inputs(images, labels)
-        t.count(*t.step(x, labels), labels)
+    """The last step of an epoch, without the reads of `train_epoch`; returns the type of the logits."""
+    ((images, labels),) = batches(t).iterate(t.plan(), STEPS - 1, nthread=0)
+    x, labels = t.inputs(images, labels)
+    loss, logits = t.step(x, labels)
+    t.count(loss, logits, labels)
+    return logits.dtype
+
+
+def batches(t):
+    return TrainBatches(t.data.train_images, t.data.train_labels, t.options.randomcrop_pad)
 
 
 PRECISIONS = [("wrn", "float32"), ("vgg", "bfloat16"), ("wrn", "float16")]
@@ -191,16 +203,19 @@ def test_a_step_never_waits_for_the_device(reads, monkeypatch, method, network, 
     assert on_device(list(t.model.parameters()), list(t.model.buffers()), t.sums, t.probe.sums)
     reads.since()
     for t.probe.active in (True, False):
-        step(t)
+        assert step(t) == getattr(torch, dtype)
     # torch's scaler looks whether a gradient has overflowed.
     assert reads.since() == ({"Training.step"} if dtype == "float16" else set())
+    own = {"kernel": 2, "fused SGD": 4}  # one launch for all of G(1,n), one for each other group
+    assert reads.used == ({} if method == "SGD" else own)
 
 
 def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
     t = make(monkeypatch, "SGDG")
     stop = StopRequest(None)
     reads.since()
-    main.train_epoch(t, TrainBatches(t.data.train_images, t.data.train_labels, 4), stop)
+    main.train_epoch(t, batches(t), stop)
+    assert reads.used["pinned"] == 2 * STEPS
     assert Counter(reads.places)["Training.first_bad_step"] == STEPS // 2 + 1
     assert reads.since() == {"Training.first_bad_step", "Training.totals", "Training.check_finite"}
     assert main.evaluate(t, stop) == (0, 0)
@@ -240,12 +255,15 @@ def test_weights_are_measured_on_the_device(reads, monkeypatch, method):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_in_blocks_do_not_wait(reads, monkeypatch, Optimizer, dtype):
-    """Rows too long for the kernel, or all where there is no Triton; narrow weights; rates on the host."""
+    """Rows too long for the kernel, or all where there is no Triton; narrow weights; a rate on the host."""
     p = nn.Parameter(torch.empty(3, go._LONGEST_ROW + 1, dtype=dtype, device="cuda"))
     q = nn.Parameter(torch.empty(3, 5, dtype=dtype, device="cuda").t())
-    p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+    r = nn.Parameter(torch.empty(7, dtype=dtype, device="cuda"))
+    for each in (p, q, r):
+        each.grad = torch.empty_like(each)
     optimizer = Optimizer([p], lr=torch.tensor(0.1), momentum=0.9, grassmann=True, omega=0.1, grad_clip=0.1)
     optimizer.add_param_group({"params": [q], "grassmann": True, "omega": 0.0, "maximize": True})
+    optimizer.add_param_group({"params": [r], "grassmann": False})
     for kernel in ("cuda", None):
         monkeypatch.setattr(go, "_KERNEL_DEVICE", kernel)
         reads.since()
