@@ -13,8 +13,9 @@ Whole steps are timed without waiting for the device in between; on a GPU the pa
 "Waiting for input" is the time in which the loop stands still for the next batch; a GPU may still be busy
 then. The share of a large product's rate counts the multiply-adds of convolutions and classifier, for a step
 3 times those of a forward pass, and neither the optimizer's nor BN's; the product is of the convolutions'
-type and takes its turn too. Peak memory: weights, buffers, gradients, optimizer state, and what a step holds
-besides. The first step includes making the network and compiling it. A gain above 1 is in our favour.
+type and takes its turn too. Peak memory: weights, buffers, optimizer state, and what a step holds besides.
+The first step includes making the network and compiling it, for ours also what a process does once. A gain
+above 1 is in our favour.
 """
 
 import argparse
@@ -144,6 +145,7 @@ class Turns:
                 self.losses.append(self.step(images, labels).item())  # waits for the device
                 done.append(time.perf_counter())
         self.multiply_adds = multiply_adds(self.t)
+        self.t.optimizer.zero_grad()  # a step's gradients are then its own
         held = held_bytes(self.t) + peak_memory(lambda: self.step(images, labels), self.cuda)
         self.figures = {"peak_bytes": [held], "first_step_s": [done[0] - started]}
         self.product_flops()  # warms up, too
@@ -255,10 +257,10 @@ def multiply_adds(t: Training) -> int:
 
 
 def held_bytes(t: Training) -> int:
-    """Of weights, buffers, gradients and the optimizer's state."""
+    """Of weights, buffers and the optimizer's state."""
     tensors = [*t.model.buffers()]
     for p in t.model.parameters():
-        tensors += [p, p.grad, *t.optimizer.state[p].values()]
+        tensors += [p, *t.optimizer.state[p].values()]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 

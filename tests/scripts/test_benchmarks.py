@@ -130,15 +130,18 @@ class TestTrainThroughput:
         assert result["options"]["optim_method"] == "SGDG"
 
     def test_counts_are_those_of_the_summary(self, throughput):
-        _, result = throughput("--optim_method", "AdamG")
-        summary = call("--summary", *self.NETWORK).out
+        wide = ("--width", 4, "--batchSize", 1)  # so that the weights weigh more than the activations
+        _, result = throughput("--optim_method", "SGDG", *wide)
+        summary = call("--summary", *self.NETWORK, *wide).out
         count, parameters = (
             int(re.search(rf"{what}: ([\d,]+)", summary)[1].replace(",", ""))
             for what in ("multiply-adds of one picture", "in all")
         )
         assert result["multiply_adds"] == count
-        for name in ("ours", "plain"):  # weights, gradients and momentum, and more
-            assert 3 * 4 * parameters < result[name]["peak_bytes"][0] < 100 * 4 * parameters
+        ours, plain = (result[name]["peak_bytes"][0] / (4 * parameters) for name in ("ours", "plain"))
+        assert (
+            3 < ours < plain < 10
+        )  # weights, gradients, momentum; the activations, what the rule makes anew
 
     def test_profile(self, throughput, tmp_path):
         throughput("--profile", tmp_path / "profile")

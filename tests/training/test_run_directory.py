@@ -299,6 +299,29 @@ class TestCheckpoint:
         for value in load(tmp_path / "run")["model"].values():
             assert value.dtype in (torch.float32, torch.int64)  # only the computation is in bfloat16
 
+    def test_a_run_begins_with_a_note_where_bfloat16_is_slow(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+        for dtype, notes in (("bfloat16", 1), ("float32", 0)):
+            out = call(*tiny("SGD", tmp_path / dtype, "--dtype", dtype, "--epochs", 1)).out
+            assert out.startswith("note: this CPU has no bfloat16") == (out.count("note:") == 1) == notes
+
+    @pytest.mark.parametrize(
+        ("has", "device"),
+        [
+            ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, "cpu"),
+            ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, "cpu"),
+            ({"architecture": "x86_64"}, "cuda"),
+            ({"architecture": "arm64"}, "cpu"),
+            (None, "cpu"),  # an older torch
+        ],
+    )
+    def test_no_note_where_bfloat16_is_not_slow_or_nobody_knows(self, has, device, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+        if has is None:
+            monkeypatch.delattr(torch.cpu, "get_capabilities")
+        utils.note_slow_bfloat16("bfloat16", torch.device(device))
+        assert capsys.readouterr().out == ""
+
 
 class Broken(io.RawIOBase):
     """A value whose pickling fails when half of the file is written."""
