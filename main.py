@@ -90,7 +90,8 @@ def parallel(model: nn.Module, options: Options) -> nn.Module:
         # sums in the same order as one that went on.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name is too new
             model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
-    return torch.compile(model) if options.compile else model
+    # Each batch size on its own: else what was compiled before would decide how a resumed run is compiled.
+    return torch.compile(model, dynamic=False) if options.compile else model
 
 
 def random_loss(model: nn.Module) -> Tensor:

@@ -300,13 +300,14 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def make_repeatable() -> None:
-    """Torch's global settings: deterministic, TF32 for convolutions only; and one warning off."""
+    """Torch's global settings: deterministic, TF32 for convolutions only; and two warnings off."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True  # channels_last lets cuDNN choose well without a search
     # TF32 for float32 convolutions only: the regularizer needs exact matrix products.
     torch.backends.cudnn.allow_tf32 = True
     # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # as chosen above
 
 
 def note_environment(then: dict, device: torch.device) -> None:

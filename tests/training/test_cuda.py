@@ -29,12 +29,13 @@ def test_losses_are_those_of_the_cpu(method, tiny, tmp_path):
 
 
 @EACH
-@PRECISIONS
-def test_a_stopped_run_ends_with_the_same_bits(method, dtype, tiny, tmp_path, monkeypatch):
-    train(tiny, method, tmp_path / "whole", "--dtype", dtype)
+@pytest.mark.parametrize("setting", ["float32", "bfloat16", "float16", "bfloat16 --compile"])
+def test_a_stopped_run_ends_with_the_same_bits(method, setting, tiny, tmp_path, monkeypatch):
+    flags = ["--dtype", *setting.split()]
+    train(tiny, method, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
-        assert call(*tiny(method, tmp_path / "run", "--device", "cuda", "--dtype", dtype)).code == 143
+        assert call(*tiny(method, tmp_path / "run", "--device", "cuda", *flags)).code == 143
     assert call("--resume", tmp_path / "run").code == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 

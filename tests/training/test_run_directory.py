@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -696,17 +697,22 @@ def test_steps_do_not_wait_for_the_device(tiny, tmp_path, method, monkeypatch):
 
 
 def test_a_compiled_model_leaves_the_same_checkpoint_names(tiny, finished, tmp_path, monkeypatch):
-    """`--compile`, by a backend that needs no C++ compiler."""
-    compile_model, compiled = torch.compile, []
+    """`--compile`, by a backend that needs no C++ compiler and warns as the real one does on a GPU with TF32.
 
-    def compile_eagerly(model):
-        compiled.append(model)
-        return compile_model(model, backend="eager")
+    Each size of a batch is compiled on its own: 16 of an epoch and 16 and 2 of an evaluation.
+    """
+    compile_model, sizes = torch.compile, []
 
-    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    def backend(graph, inputs):
+        warnings.warn("TensorFloat32 tensor cores for float32 are available", stacklevel=1)
+        assert all(isinstance(value, torch.Tensor) for value in inputs)  # no symbol for a size
+        sizes.extend(len(t) for t in inputs if t.shape[1:] == (3, 32, 32))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **options: compile_model(*a, backend=backend, **options))
     save = tmp_path / "run"
-    assert call(*tiny("SGD", save, "--compile")).code == 0
-    assert len(compiled) == 1
+    outcome = call(*tiny("SGD", save, "--compile"))
+    assert (outcome.code, outcome.err, sizes) == (0, "", [16, 16, 2])
     torch._dynamo.reset()
     assert load(save)["model"].keys() == load(finished["SGD"][0])["model"].keys()
     assert call("--resume", save, "--eval").code == 0
