@@ -113,6 +113,16 @@ def test_where_and_how_fast_a_run_ran_does_not_split_a_cell():
     assert cell["runs"] == "2"
 
 
+def test_runs_of_one_process_and_of_several_are_apart():
+    """Their batch normalization sees the whole batch or a slice of it."""
+    write_run("runs/one", 10.0)
+    path = write_run("runs/two", 20.0, seed=1) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    out = show("runs")
+    assert len(cells("runs")) == 2
+    assert "x86_64 CPU (2 processes)" in out
+
+
 def test_an_unfinished_run_is_shown_but_not_counted():
     write_run("runs/SGD/seed0", 4.0)
     write_run("runs/SGD/seed1", 1.0, seed=1, written=4)
