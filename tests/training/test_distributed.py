@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,7 +243,7 @@ def test_another_number_of_processes_goes_on_with_a_note(
 
 
 def test_a_run_of_one_process_goes_on_with_two(tiny, ranks, tmp_path, finished):
-    save, _ = finished["SGD"]
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "single")
     outcomes = ranks(2, "--resume", save, "--save", tmp_path / "run", "--epochs", 3)
     assert_fine(outcomes)
     assert "note: 1 processes then, 2 now" in outcomes[0].out
@@ -341,7 +342,7 @@ def test_a_process_that_dies_ends_the_others(tiny, ranks, tmp_path, monkeypatch)
 
 
 def test_summary_and_a_finished_run(tiny, ranks, tmp_path, finished):
-    save, _ = finished["SGDG"]
+    save = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
     for words in (["--summary"], ["--summary", "--zero"], []):
         alone, outcomes = call("--resume", save, *words), ranks(2, "--resume", save, *words)
         assert_fine(outcomes)
