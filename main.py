@@ -32,11 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 import distributed
 import report
 import utils
+from checkpoint import load_model, load_optimizer, load_weights, reading_checkpoint, save_checkpoint
 from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 from options import VGGS, Options, asked_processes, choose_device, model_name, nothing_to_do, parse_options
 from resnet import WideResNet, blocks_per_group
-from utils import CHECKPOINT, StopRequest, UsageError, UserError
+from utils import CHECKPOINT, PREVIOUS, StopRequest, UsageError, UserError
 from vgg import VGG
 
 # ---------------------------------------------------------------------------------------- model and optimizer
@@ -195,7 +196,6 @@ class Training:
         if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
             raise UserError(f"a weight is not finite in epoch {epoch}, after step {self.batch} {advice}")
 
-    PARTS = ("model", "optimizer", "schedule", "scaler", "probe")  # have a state_dict
     PLAIN = ("epoch", "batch", "train_time", "history", "weights_from")
 
     def state(self) -> dict:
@@ -206,32 +206,54 @@ class Training:
         first, *others = distributed.values(mine)
         if distributed.rank() > 0:
             return {}
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        del parts["schedule"]["milestones"]  # --epoch_step says them
         return {
-            **parts,
+            **{name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler", "probe")},
             **{name: getattr(self, name) for name in self.PLAIN},
             **first,
             **({"other_ranks": others} if others else {}),
             "options": self.options.of_run(),
             "environment": utils.environment(self.device),
             "data_sha256": self.data.sha256,
+            "statistics": [list(self.data.mean), list(self.data.std)],
         }
 
     def restore(self, state: dict) -> None:
         """Go on where the checkpoint was written; UserError if it is of another model or of other data."""
-        with utils.reading_checkpoint():
+        with reading_checkpoint():
             if state["data_sha256"] != self.data.sha256:
-                raise UserError("the checkpoint is of other pictures than --dataset and --dataroot name")
-            for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
+                self.take_other_pictures(state)
+            if state["epoch"] != len(state["history"]):
+                raise ValueError("its history has gaps")
+            load_model(self.model, state["model"])
             for name in self.PLAIN:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
-            if not self.options.eval:
-                self.restore_rank([state, *state.get("other_ranks", [])])
-            if [stats["epoch"] for stats in self.history] != list(range(1, self.epoch + 1)):
-                raise ValueError("its history has gaps")
+            if self.options.eval:
+                return
+            if self.batch > len(self.plan()):
+                raise ValueError("its epoch has more steps")
+            for _ in range(self.epoch):
+                self.schedule.step()
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.probe.load_state_dict(state["probe"])
+            self.restore_rank([state, *state.get("other_ranks", [])])
             utils.note_environment(state["environment"], self.device)
+
+    def take_other_pictures(self, state: dict) -> None:
+        """Evaluate on them, normalized as the checkpoint's; UserError where that cannot be."""
+        if not self.options.eval:
+            raise UserError("the checkpoint is of other pictures than --dataset and --dataroot name")
+        ours, theirs = len(self.data.classes), len(state["model"]["fc.bias"])
+        if ours != theirs:
+            raise UserError(f"{self.data.name} has {ours} classes, the checkpoint's network {theirs}")
+        if "statistics" not in state:
+            raise UserError(
+                "the checkpoint is of an older main.py and does not hold the mean of its pictures: "
+                "it can only be evaluated on these"
+            )
+        mean, std = torch.tensor(state["statistics"], device=self.device).view(2, 1, 3, 1, 1)
+        self.mean, self.std = mean, std
+        print("note: other pictures than the run's, normalized as the run's", flush=True)
 
     def restore_rank(self, ranks: list[dict]) -> None:
         """This rank's sums and generators; of another number of ranks, only rank 0's go on."""
@@ -361,6 +383,8 @@ def train(t: Training, stop: StopRequest) -> int:
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
                 distributed.first(lambda: record.add_result(t.history[-1]))
             save(t)
+            if t.epoch == options.epochs:
+                distributed.first(lambda: (options.save / PREVIOUS).unlink(missing_ok=True))
             if stop.asked() and t.epoch < options.epochs:
                 where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
                 way = f"python main.py --resume {shlex.quote(str(options.save))}"
@@ -374,8 +398,8 @@ def train(t: Training, stop: StopRequest) -> int:
 
 def save(t: Training) -> None:
     """Write the checkpoint."""
-    state = t.state()
-    distributed.first(lambda: utils.save_checkpoint(t.options.save / CHECKPOINT, state))
+    state, path = t.state(), t.options.save / CHECKPOINT
+    distributed.first(lambda: save_checkpoint(path, state))
 
 
 def print_evaluation(t: Training) -> None:
@@ -401,7 +425,7 @@ def print_summary(options: Options, checkpoint: dict | None) -> None:
     optimizer = make_optimizer(model, options)
     report.print_start(options, model, optimizer, device)
     if checkpoint:
-        utils.load_weights(model, checkpoint)
+        load_weights(model, checkpoint)
         report.print_weights(model, optimizer)
     report.print_multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
 
@@ -422,6 +446,8 @@ def prepare(argv: list[str] | None, lock: ExitStack) -> tuple[Options, dict | No
     )
     message = None if options.eval or options.summary else nothing_to_do(options, checkpoint)
     if message:
+        if checkpoint and (options.save / CHECKPOINT).exists():
+            utils.mend_log(options.save, checkpoint["history"])
         with suppress(OSError):  # a sweep knows a finished run by a checkpoint that is newer than the log
             os.utime(options.save / CHECKPOINT)
     return options, checkpoint, message
@@ -429,17 +455,18 @@ def prepare(argv: list[str] | None, lock: ExitStack) -> tuple[Options, dict | No
 
 def run(argv: list[str] | None) -> int:
     """One call of main.py; returns the exit code."""
+    started = PROCESS_START if argv is None else time.monotonic()
     if not distributed.launched() and (processes := asked_processes(argv)) > 1:
         return distributed.launch(processes, [__file__, *(sys.argv[1:] if argv is None else argv)])
-    with distributed.joined(), ExitStack() as lock:  # of the run's directory, until the end
-        options, checkpoint, message = distributed.first(lambda: prepare(argv, lock))
+    with distributed.joined(), ExitStack() as until_the_end:  # of the run: its directory's lock, and settings
+        options, checkpoint, message = distributed.first(lambda: prepare(argv, until_the_end))
         if options.summary:
             print_summary(options, checkpoint)
             return 0
         if message:
             print(message)
             return 0
-        utils.make_repeatable()
+        until_the_end.enter_context(utils.repeatable())
         data = distributed.one_before_others(
             lambda: load_data(options.dataset, options.dataroot, options.dataset_name)
         )
@@ -447,7 +474,7 @@ def run(argv: list[str] | None) -> int:
         if checkpoint and "options" in checkpoint:
             t.restore(checkpoint)
         elif checkpoint:  # of the authors' script
-            t.weights_from = utils.load_weights(t.model, checkpoint)
+            t.weights_from = load_weights(t.model, checkpoint)
         if options.eval:
             print_evaluation(t)
             return 0
@@ -459,8 +486,9 @@ def run(argv: list[str] | None) -> int:
         report.print_start(options, t.model, t.optimizer, t.device)
         if t.weights_from and not t.history:  # a run that is killed in its first epoch starts from them again
             save(t)
-        deadline = options.max_minutes and PROCESS_START + 60 * options.max_minutes
-        return train(t, StopRequest(deadline))
+        deadline = options.max_minutes and started + 60 * options.max_minutes
+        with StopRequest(deadline) as stop:
+            return train(t, stop)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 import distributed
-from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, load_checkpoint
+from checkpoint import load_checkpoint
+from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, read_config
 
 METHODS = ("SGD", "SGDG", "AdamG")
 
@@ -76,6 +78,9 @@ PER_CALL = {
 }
 # What may change when a run is resumed.
 MAY_CHANGE = {"epochs", "nthread", "device", "dataroot", "compile"}
+# What may differ when a checkpoint is only evaluated.
+MAY_DIFFER = MAY_CHANGE | {"dataset", "dataset_name", "holdout"}
+HUGE = 1e38  # rates and factors are below it, so that float32 holds them
 # Flags of the authors' script without a meaning of their own any more, with the one value that changes
 # nothing.
 LEGACY = {
@@ -178,9 +183,8 @@ def whole(text: str) -> int:
 def number(kind: Callable[[str], float], low: float, high: float = math.inf, *, exclusive: bool = False):
     """An argparse type: a finite number from low (itself allowed unless `exclusive`) to below high."""
     what = "a number" if kind is float else "a whole number"
-    bound = f"{'above' if exclusive else 'of at least'} {low}" + (
-        "" if high == math.inf else f" and below {high}"
-    )
+    bound = f"{'above' if exclusive else 'of at least'} {low}"
+    bound += "" if high == math.inf else f" and below {high}"
 
     def parse(text: str):
         try:
@@ -196,7 +200,7 @@ def number(kind: Callable[[str], float], low: float, high: float = math.inf, *, 
 
 def clip_threshold(text: str) -> float | None:
     """An argparse type: a positive number; 0 or none: no clipping."""
-    return None if text.lower() == "none" else number(float, 0)(text) or None
+    return None if text.lower() == "none" else number(float, 0, HUGE)(text) or None
 
 
 def epoch_list(text: str) -> list[int]:
@@ -218,6 +222,11 @@ def non_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def expanded(text: str) -> str:
+    """An argparse type: `~` is the home directory also where no shell has seen it, as in --save=~/run."""
+    return os.path.expanduser(non_empty(text))
 
 
 def precision(text: str) -> str:
@@ -273,8 +282,8 @@ def make_parser() -> argparse.ArgumentParser:
 def add_model_flags(group) -> None:
     """The network."""
     add_flag(group, "--model", choices=["resnet", *VGGS], help="network")
-    add_flag(group, "--depth", type=number(int, 1), help="depth 6n+4 of a Wide ResNet")
-    add_flag(group, "--width", type=number(whole, 1), help="its widening factor")
+    add_flag(group, "--depth", type=number(int, 1, 10_000), help="depth 6n+4 of a Wide ResNet")
+    add_flag(group, "--width", type=number(whole, 1, 1000), help="its widening factor")
     dropout = "between a block's two convolutions; VGG: after each pool"
     add_flag(group, "--dropout", type=number(float, 0, 1), help=dropout)
 
@@ -291,14 +300,13 @@ def add_data_flags(group) -> None:
     add_flag(group, "--randomcrop_pad", type=number(whole, 0, 32), help=pad)
     holdout = "test on so many training pictures instead, to choose hyperparameters"
     add_flag(group, "--holdout", type=number(int, 0), help=holdout)
-    add_flag(
-        group, "--nthread", type=number(int, 0), help="threads that prepare batches; 0: none of their own"
-    )
+    threads = "threads that prepare batches; 0: none of their own"
+    add_flag(group, "--nthread", type=number(int, 0, 1000), help=threads)
 
 
 def add_optimization_flags(group) -> None:
     """The method and its hyperparameters."""
-    rate = number(float, 0)
+    rate = number(float, 0, HUGE)
     add_flag(group, "--optim_method", choices=METHODS, help="optimizer")
     batch = number(int, 1)
     add_flag(group, "--batchSize", "--batch_size", dest="batch_size", type=batch, help="pictures in a step")
@@ -316,16 +324,16 @@ def add_optimization_flags(group) -> None:
     add_flag(group, "--epochs", type=number(int, 1), help="epochs in all")
     drops = "finished epochs after which the learning rates drop, as '[60,120]'"
     add_flag(group, "--epoch_step", type=epoch_list, help=drops)
-    ratio = number(float, 0, exclusive=True)
+    ratio = number(float, 0, HUGE, exclusive=True)
     add_flag(group, "--lr_decay_ratio", type=ratio, help="factor of a drop")
 
 
 def add_run_flags(group) -> None:
     """Where and how it runs, and what a call does."""
     save = "logs/<dataset>/<model>/<method>/seed<k>"
-    add_flag(group, "--save", type=non_empty, default=save, help="the run's directory")
+    add_flag(group, "--save", type=expanded, default=save, help="the run's directory")
     resume = "run directory or checkpoint to continue; auto: the run in --save, if there is one"
-    add_flag(group, "--resume", type=non_empty, metavar="DIR", default="none", help=resume)
+    add_flag(group, "--resume", type=expanded, metavar="DIR", default="none", help=resume)
     evaluate = "evaluate the checkpoint that --resume names; no training"
     add_flag(group, "--eval", action="store_true", default="off", help=evaluate)
     summary = (
@@ -342,7 +350,7 @@ def add_run_flags(group) -> None:
     minutes = number(float, 0, exclusive=True)
     add_flag(group, "--max_minutes", type=minutes, default="none", help="then stop, ready to be resumed")
     processes = "train with so many processes on this machine, each on its own GPU"
-    add_flag(group, "--ngpu", type=number(whole, 1), default="1", help=processes)
+    add_flag(group, "--ngpu", type=number(whole, 1, 1000), default="1", help=processes)
     zero = "of several processes each makes its share of the optimizer's step"
     add_flag(group, "--zero", action="store_true", default="off", help=zero)
     sync_bn = "several GPUs: BN statistics of the whole batch, not of each GPU's slice"
@@ -388,13 +396,14 @@ def parse_options(
     if claimed:
         claim(save, own)
     if finished and own:
-        options = continue_with(given, finished, save / CONFIG)
+        options = continue_with(given, finished, save / CONFIG, MAY_CHANGE)
         if options["epochs"] != finished["epochs"]:
             raise UsageError(f"{save} has no checkpoint any more to go on from; choose another --save")
     elif source and (source.exists() or call["resume"] != "auto"):
         checkpoint = load_checkpoint(source)
         if "options" in checkpoint:
-            options = continue_with(given, checkpoint["options"], source)
+            may_change = MAY_DIFFER if call["eval"] else MAY_CHANGE
+            options = continue_with(given, checkpoint["options"], source, may_change)
         else:  # weights alone, of the authors' script
             save = Path(call["save"] or default)
     if call["eval"] and checkpoint is None:
@@ -431,11 +440,11 @@ def default_save(options: Options) -> Path:
 
 def finished_options(save: Path) -> dict | None:
     """The options of a run in `save` that has logged all its epochs; None where there is no such run."""
-    try:
-        options = json.loads((save / CONFIG).read_text())["options"]
-        return options if (save / LOG).read_text().count("\n") == options["epochs"] else None
-    except (OSError, ValueError, KeyError, TypeError):  # TypeError: JSON of another kind
+    options = read_config(save).get("options")
+    if not isinstance(options, dict) or not (save / LOG).is_file():
         return None
+    logged = (save / LOG).read_bytes().count(b"\n")
+    return options if logged and logged == options.get("epochs") else None
 
 
 def nothing_to_do(options: Options, checkpoint: dict | None) -> str | None:
@@ -487,25 +496,55 @@ def without_unused(options: dict) -> dict:
     return {name: None if name in unused else value for name, value in options.items()}
 
 
-def continue_with(given: dict, stored: dict, path: Path) -> dict:
-    """The checkpoint's options, with those given that may change on the way; UsageError for any other
-    difference."""
+def continue_with(given: dict, stored: dict, path: Path, may_change: set[str]) -> dict:
+    """The checkpoint's options, with those given that may change on the way.
+
+    Raises:
+        UsageError: another one that is given differs.
+        UserError: the stored ones are none that flags could give.
+    """
     stored = {**LATER, **stored}
     if odd := stored.keys() ^ fill_in({}).keys():
         raise UserError(
             f"{path} is of another version of main.py, whose options differ in {', '.join(sorted(odd))}"
         )
+    stored = as_flags_give(stored, path)
     given = {name: value for name, value in without_unused({**stored, **given}).items() if name in given}
+    if given.get("dataset", stored["dataset"]) != stored["dataset"]:
+        stored = {**stored, "holdout": 0, "dataset_name": None}  # were of that data set
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != stored[name]:
+        if name not in may_change and value != stored[name]:
             raise UsageError(
                 f"--{name} {value} differs from {stored[name]} of {path}; leave it out, or start a new run"
             )
     return {**stored, **given}
 
 
+def as_flags_give(stored: dict, path: Path) -> dict:
+    """The same options from flags that say them, held to the rules of flags; UserError."""
+    words = []
+    for name, value in stored.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name}={json.dumps(value) if name == 'epoch_step' else value}")
+        elif name == "grad_clip":
+            words.append("--grad_clip=none")
+    try:
+        options = fill_in(vars(make_parser().parse_args(words)))
+        if odd := [name for name in options if options[name] != stored[name]]:
+            raise UsageError(f"{odd[0]} {stored[odd[0]]!r} is not what flags give")
+    except (UsageError, TypeError) as error:  # TypeError: no JSON
+        raise UserError(f"the options in {path} cannot be a run's: {error}") from error
+    return options
+
+
 def check_options(options: dict, ngpu: int) -> None:
     """What no single flag can tell; UsageError."""
+    drops, ratio = len(options["epoch_step"]), options["lr_decay_ratio"]
+    for name in ("lr", "lrg"):
+        if (options[name] or 0) * ratio**drops >= HUGE:
+            raise UsageError(f"--lr_decay_ratio {ratio}: after {drops} drops --{name} is not below {HUGE}")
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "--device cuda: no CUDA device is available; use --device cpu, or check with nvidia-smi"

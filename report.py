@@ -6,6 +6,7 @@ Also the evaluation's table and --summary. Tables and the lines of a run fit 80 
 
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -172,9 +173,17 @@ class Record:
         self.board.add_result(self.options, stats)
 
     def __enter__(self) -> "Record":
+        # What TensorBoard's thread meets, a full disk say, is raised at the next flush: once is enough.
+        self.excepthook, threading.excepthook = threading.excepthook, self.of_thread
         return self
 
+    def of_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Say what ended a thread, but for errors of the disk."""
+        if not issubclass(args.exc_type, OSError):
+            self.excepthook(args)
+
     def __exit__(self, *exception) -> None:
+        threading.excepthook = self.excepthook
         if distributed.rank() == 0:
             self.board.close()
 
@@ -226,9 +235,11 @@ class Board:
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
         metrics = {"hparam/test_error": 100 - stats["test_acc"], "hparam/train_loss": stats["train_loss"]}
+        # No option: of a run that goes on to more epochs TensorBoard would show the first number.
+        metrics["hparam/epochs"] = stats["epoch"]
         hparams = {}
         for name, value in options.of_run().items():
-            if name == "epochs" or name not in MAY_CHANGE:  # what may change on the way has no part in it
+            if name not in MAY_CHANGE:  # what may change on the way has no part in it
                 plain = "none" if value is None else value
                 hparams[name] = str(plain) if isinstance(plain, list) else plain
         # Not by add_hparams: it writes a second file, which may be read before the first and so be purged.
@@ -300,7 +311,9 @@ class GrassmannProbe:
         return {"sums": self.sums, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Put that back."""
+        """Put that back; ValueError if it is of other layers."""
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError("its probe has other layers")
         self.sums.copy_(state["sums"])
         self.steps = state["steps"]
 

@@ -13,21 +13,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 import distributed
 
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
+PREVIOUS = "checkpoint.previous.pt"  # the one before, while the run goes on
 AUTHORS_CHECKPOINT = "model.pt7"  # of the authors' PyTorch script
 
 
@@ -54,6 +55,10 @@ def answer(run: Callable[[], int]) -> int:
         if distributed.is_loss(error):
             lost = "another process of the run has gone; the last checkpoint, if any, is kept"
             return say(f"{lost}: continue with --resume", 1) if distributed.first_to_say("failed") else 1
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().splitlines()[0]
+            advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
+            return say(f"--compile failed ({reason}); {advice}", 1)
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
@@ -93,105 +98,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path} ({error}); free some space or choose another --save") from error
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a dictionary of tensors and plain Python values, whole or not at all."""
-    write_whole(path, lambda file: torch.save(state, file))
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read what `save_checkpoint` wrote, tensors on the CPU.
-
-    Of a checkpoint of the authors' script there is only "model", its weights and running averages under the
-    names that they have here, and "authors_epoch", the epochs that they were trained.
-
-    Raises:
-        UserError: there is none, or it is broken.
-    """
-    if not path.is_file():
-        theirs = path.with_name(AUTHORS_CHECKPOINT)
-        hint = (
-            f"--resume {theirs} to start from its weights" if theirs.is_file() else "--resume a run directory"
-        )
-        raise UserError(f"there is no checkpoint {path}; give {hint} or a checkpoint file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        raise UserError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}); resume from another one"
-        ) from error
-    if isinstance(state, dict) and {"params", "stats"} <= state.keys():
-        return from_authors(state, path)
-    keys = {"model", "optimizer", "options", "epoch"}
-    if (
-        not isinstance(state, dict)
-        or not keys <= state.keys()
-        or not isinstance(state["options"], dict)
-        or not isinstance(state["epoch"], int)
-    ):
-        raise UserError(
-            f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt"
-        )
-    return state
-
-
-def from_authors(state: dict, path: Path) -> dict:
-    """What `load_checkpoint` gives for a checkpoint of the authors' script; UserError if it is broken."""
-    try:
-        new_name = {
-            name: name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-            for name in state["params"]
-        }
-        params = {new_name[name]: value for name, value in state["params"].items()}
-        weights = {**params, **state["stats"]}
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{path} is a broken checkpoint of the authors' script ({error})") from error
-    return {"model": weights, "authors_epoch": state.get("epoch", "an unknown number of")}
-
-
-def load_weights(model: nn.Module, checkpoint: dict) -> str | None:
-    """The weights and running averages of a checkpoint, alone.
-
-    Of an authors' one it prints what is left out, and returns where the weights come from.
-
-    Raises:
-        UserError: they are of another model.
-    """
-    own = model.state_dict()
-    # The authors' checkpoints do not count the batches, which nothing here reads.
-    counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**counts, **checkpoint["model"]})
-    except (AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        advice = "check --model, --depth and --width"
-        raise UserError(f"the checkpoint's weights do not fit ({reason}); {advice}") from error
-    if "authors_epoch" not in checkpoint:
-        return None
-    origin = f"the authors' script after {checkpoint['authors_epoch']} epochs"
-    left_out = "the epoch and the optimizer's state are not taken over, and it has no options"
-    print(f"note: weights of {origin}; {left_out}", flush=True)
-    return origin
-
-
-@contextmanager
-def reading_checkpoint() -> Iterator[None]:
-    """Turns what a checkpoint of another model, or a damaged one, leads to into a UserError."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
-        raise UserError(
-            f"the checkpoint is of another model or not whole ({reason}); start a new run"
-        ) from error
 
 
 def claim_directory(save: Path, own: bool) -> BinaryIO:
@@ -224,10 +138,16 @@ def is_ours(save: Path, there: list[str]) -> bool:
     """Whether main.py wrote the files `there`: a run has its config.json before anything else."""
     if CHECKPOINT in there:
         return True  # as far as a name tells; `load_checkpoint` looks into it
+    return {"options", "model", "data"} <= read_config(save).keys()
+
+
+def read_config(save: Path) -> dict:
+    """What config.json says; nothing where it is not there or not whole."""
     try:
-        return {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
-    except (OSError, ValueError, AttributeError):  # AttributeError: JSON of another kind
-        return False
+        config = json.loads((save / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def lock_directory(directory: Path) -> BinaryIO:
@@ -271,9 +191,10 @@ def write_config(save: Path, config: dict, device: torch.device) -> None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+        process = subprocess.run(describe, capture_output=True, text=True, errors="replace")
+        commit, reason = process.stdout.strip(), process.stderr.strip()
+    except OSError as error:
+        commit, reason = "", str(error)
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -282,6 +203,8 @@ def write_config(save: Path, config: dict, device: torch.device) -> None:
         "opencv": cv2.__version__,
     }
     where = {**environment(device), "versions": versions, "git_commit": commit or None}
+    if not commit:
+        where["git_error"] = reason
     write_json(save / CONFIG, {**config, **where})
 
 
@@ -299,15 +222,26 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def make_repeatable() -> None:
-    """Torch's global settings: deterministic, TF32 for convolutions only; and two warnings off."""
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Torch's global settings: deterministic, TF32 for convolutions only; and two warnings off.
+
+    Afterwards they are the caller's again.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True  # channels_last lets cuDNN choose well without a search
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.allow_tf32
+    cudnn.deterministic = True  # channels_last lets cuDNN choose well without a search
     # TF32 for float32 convolutions only: the regularizer needs exact matrix products.
-    torch.backends.cudnn.allow_tf32 = True
-    # GradScaler may skip a first step, and a run may be resumed between an epoch's last step and its end.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # as chosen above
+    cudnn.allow_tf32 = True
+    with warnings.catch_warnings():
+        # GradScaler may skip a first step, and a schedule is put where it was before any step.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # as chosen above
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.allow_tf32 = before
 
 
 def note_environment(then: dict, device: torch.device) -> None:
@@ -379,6 +313,14 @@ class RunLog:
             os.fsync(file.fileno())
 
 
+def mend_log(directory: Path, history: list[dict]) -> None:
+    """Write log.txt anew where a finished run's has not all epochs of its checkpoint."""
+    log = directory / LOG
+    if not log.is_file() or log.read_bytes() != "".join(map(_log_line, history)).encode():
+        RunLog(directory, history)
+        print(f"note: {log} did not have all epochs, and was written anew from the checkpoint", flush=True)
+
+
 def _log_line(stats: dict) -> str:
     return f"json_stats: {json.dumps(stats)}\n"
 
@@ -387,22 +329,37 @@ def _log_line(stats: dict) -> str:
 
 
 class StopRequest:
-    """Whether the run was asked to stop: SIGTERM, Ctrl-C, or a deadline. The loop asks after every step.
+    """Whether the run was asked to stop: by a signal or a deadline. The loop asks after every step.
 
     Args:
         deadline: on `time.monotonic()`'s clock, in seconds; None: none.
 
-    From here on the first of these signals is noted, and a second one ends the process. Where the run has
-    several processes, a signal or deadline of one stops all; the launcher sends its signals more than once,
-    and ends by itself what does not stop in time.
+    Within `with`, the first of SIGNALS is noted, and a second one ends the process; in a thread that is not
+    Python's main one, signals stay as they are. Where the run has several processes, a signal or deadline of
+    one stops all; the launcher sends its signals more than once, and ends by itself what does not stop in
+    time, so that there the signals stay caught.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
         self.parent = os.getppid()
         self.received = self.signal = 0  # by this process; by any, when they last agreed
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                by_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+                if not by_nohup:
+                    self.before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if distributed.size() == 1:
+            for number, handler in self.before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _receive(self, number: int, frame) -> None:
         self.received = number

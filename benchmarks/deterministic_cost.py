@@ -36,6 +36,7 @@ def seconds(t: Training, x: Tensor, labels: Tensor) -> float:
     return (time.perf_counter() - started) / STEPS
 
 
+@utils.repeatable()
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -43,7 +44,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all times here")
     args, rest = parser.parse_known_args(argv)
     options, _ = parse_options([*rest, "--optim_method", "SGDG"])
-    utils.make_repeatable()
     data = random_data(options.batch_size)
     t = Training(options, data)
     x, labels = t.inputs(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))

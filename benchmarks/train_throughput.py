@@ -273,9 +273,9 @@ def random_data(count: int) -> DataSet:
     return DataSet("random", images, labels, images[:0], labels[:0], names, mean, std, flip=True)
 
 
+@utils.repeatable()
 def measure(options: Options, rounds: int, steps: int) -> dict[str, Turns]:
     """Ours and the plain configuration, after `rounds` turns of `steps` steps each."""
-    utils.make_repeatable()
     data = random_data(options.batch_size * (max(steps, WARM_UP) + 1))
     arrays = data.train_images, data.train_labels, PAD
     turns = {

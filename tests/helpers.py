@@ -59,19 +59,14 @@ class Outcome(NamedTuple):
 
 def call(*argv) -> Outcome:
     """main.py in this process: much faster than another one, which would import torch for seconds."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     out, err = io.StringIO(), io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            warnings.catch_warnings(record=True) as caught,
-        ):
-            warnings.simplefilter("default")
-            code = main.main([str(word) for word in argv])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("default")
+        code = main.main([str(word) for word in argv])
     hidden = (
         DeprecationWarning,
         PendingDeprecationWarning,

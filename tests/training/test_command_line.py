@@ -454,7 +454,6 @@ class TestBadCheckpoint:
         [
             "model",
             "optimizer",
-            "schedule",
             "generators",
             "sums",
             "probe",

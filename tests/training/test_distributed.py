@@ -252,11 +252,12 @@ def test_a_run_of_one_process_goes_on_with_two(tiny, ranks, tmp_path, finished):
 
 def test_a_launcher_may_send_its_signal_more_than_once(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in main.StopRequest.SIGNALS}
     try:
-        stop = main.StopRequest(None)
-        for _ in range(3):
-            signal.raise_signal(signal.SIGTERM)
+        with main.StopRequest(None) as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
     finally:
         for number, handler in before.items():
@@ -314,7 +315,7 @@ def test_a_directory_that_cannot_be_written_is_said_once(tiny, ranks, tmp_path, 
     def full(path, state):
         raise main.UserError("the disk is full")
 
-    monkeypatch.setattr(main.utils, "save_checkpoint", full)
+    monkeypatch.setattr(main, "save_checkpoint", full)
     assert_one_voice(ranks(2, *tiny("SGD", tmp_path / "run", *BATCH)), 1, "the disk is full")
 
 
