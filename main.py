@@ -371,7 +371,7 @@ def train(t: Training, stop: StopRequest) -> int:
     options = t.options
     batches = TrainBatches(t.data.train_images, t.data.train_labels, options.randomcrop_pad)
     steps = len(t.plan())
-    with report.Record(options, t.history) as record:
+    with report.disk_errors_said_once(), report.Record(options, t.history) as record:
         if t.epoch == 0:
             distributed.first(lambda: record.start(batches.batch(t.plan(), 0)[0]))
         while t.epoch < options.epochs:
@@ -492,9 +492,13 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and answer what the user can mend by one sentence on standard error."""
+    """Run, and answer what the user can mend by one sentence on standard error.
+
+    Called from Python it gives back signal handlers, warning filters and torch's settings as they were.
+    """
     return utils.answer(lambda: run(argv))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     sys.exit(main())

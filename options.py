@@ -523,14 +523,14 @@ def continue_with(given: dict, stored: dict, path: Path, may_change: set[str]) -
 def as_flags_give(stored: dict, path: Path) -> dict:
     """The same options from flags that say them, held to the rules of flags; UserError."""
     words = []
-    for name, value in stored.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words.append(f"--{name}={json.dumps(value) if name == 'epoch_step' else value}")
-        elif name == "grad_clip":
-            words.append("--grad_clip=none")
     try:
+        for name, value in stored.items():
+            if value is True:
+                words.append(f"--{name}")
+            elif value is not None and value is not False:
+                words.append(f"--{name}={json.dumps(value) if name == 'epoch_step' else value}")
+            elif name == "grad_clip":
+                words.append("--grad_clip=none")
         options = fill_in(vars(make_parser().parse_args(words)))
         if odd := [name for name in options if options[name] != stored[name]]:
             raise UsageError(f"{odd[0]} {stored[odd[0]]!r} is not what flags give")

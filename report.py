@@ -8,6 +8,8 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -145,6 +147,22 @@ class Progress:
 # ------------------------------------------------------------------------------------------- files of the run
 
 
+@contextmanager
+def disk_errors_said_once() -> Iterator[None]:
+    """What TensorBoard's thread meets on the disk is raised at the next flush, and not printed before."""
+    before = threading.excepthook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, OSError):
+            before(args)
+
+    threading.excepthook = of_thread
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class Record:
     """What a run leaves as it goes: log.txt, TensorBoard, a line on the console. Rank 0's alone.
 
@@ -173,17 +191,9 @@ class Record:
         self.board.add_result(self.options, stats)
 
     def __enter__(self) -> "Record":
-        # What TensorBoard's thread meets, a full disk say, is raised at the next flush: once is enough.
-        self.excepthook, threading.excepthook = threading.excepthook, self.of_thread
         return self
 
-    def of_thread(self, args: threading.ExceptHookArgs) -> None:
-        """Say what ended a thread, but for errors of the disk."""
-        if not issubclass(args.exc_type, OSError):
-            self.excepthook(args)
-
     def __exit__(self, *exception) -> None:
-        threading.excepthook = self.excepthook
         if distributed.rank() == 0:
             self.board.close()
 

@@ -56,7 +56,7 @@ def answer(run: Callable[[], int]) -> int:
             lost = "another process of the run has gone; the last checkpoint, if any, is kept"
             return say(f"{lost}: continue with --resume", 1) if distributed.first_to_say("failed") else 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n\n")[0].split())[:200]
             advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
             return say(f"--compile failed ({reason}); {advice}", 1)
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

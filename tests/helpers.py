@@ -13,6 +13,7 @@ import pickle
 import re
 import signal
 import tarfile
+import time
 import traceback
 import warnings
 from hashlib import md5
@@ -101,6 +102,11 @@ def stop_at(monkeypatch, check: int, rank: int = 0) -> None:
             return super().asked(by_signal)
 
     monkeypatch.setattr(main, "StopRequest", Stop)
+
+
+def wait_for_the_next_second():
+    """Names of TensorBoard's files hold whole seconds: two runs within one would be read in any order."""
+    time.sleep(1.01 - time.time() % 1)
 
 
 def make_pictures(root: Path) -> Path:

@@ -546,6 +546,60 @@ def test_a_full_disk_while_logging_is_one_sentence(tiny, tmp_path, monkeypatch):
     assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "No space left", "--resume")
 
 
+@pytest.mark.parametrize("end", ["", ".tmp"])
+@pytest.mark.parametrize("name", ["config.json", "log.txt", "checkpoint.pt", "lock"])
+def test_a_directory_in_the_place_of_a_file_is_one_sentence(tiny, tmp_path, name, end):
+    (tmp_path / "run" / f"{name}{end}").mkdir(parents=True)
+    outcome = call(*tiny("SGD", tmp_path / "run", "--epochs", 1))
+    if name + end != "lock.tmp":  # no file of ours
+        assert_one_sentence(outcome, outcome.code, re.escape(str(tmp_path / "run")))
+
+
+def test_a_compiler_that_fails_is_one_sentence(tiny, tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("InvalidCxxCompiler: no compiler\nand much more")
+
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_model(model, backend=backend))
+    outcome = call(*tiny("SGD", tmp_path / "run", "--compile"))
+    assert_one_sentence(outcome, 1, "--compile failed", "InvalidCxxCompiler", "leave it out")
+
+
+def test_the_home_directory_is_known_without_a_shell(tiny, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    assert call("--resume=~/run", "--eval").code == 0
+    assert "nothing to do" in call(*tiny("SGD", "~/run", "--resume", "auto")).out
+
+
+class TestOtherPictures:
+    """A checkpoint is evaluated on any pictures of as many classes."""
+
+    def test_are_normalized_as_the_runs(self, finished, pictures_root, tmp_path):
+        save = finished["SGD"][0]
+        root = shutil.copytree(pictures_root, tmp_path / "pictures")
+        shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
+        own, other = call("--resume", save, "--eval"), call("--resume", save, "--eval", "--dataroot", root)
+        note = "note: other pictures than the run's, normalized as the run's\n"
+        assert (other.code, other.err, other.out) == (0, "", note + own.out)  # the test part is the same
+        state = load(save)
+        del state["statistics"]  # as of an older main.py
+        torch.save(state, tmp_path / "old.pt")
+        outcome = call("--resume", tmp_path / "old.pt", "--eval", "--dataroot", root)
+        assert_one_sentence(outcome, 1, "only be evaluated on these")
+        assert call("--resume", tmp_path / "old.pt", "--eval").code == 0
+
+    def test_of_another_number_of_classes_are_refused(self, finished):
+        outcome = call("--resume", finished["SGD"][0], "--eval", "--dataset", "digits")
+        assert_one_sentence(outcome, 1, "digits has 10 classes", "network 3")
+
+    def test_a_run_with_held_out_pictures_is_evaluated_on_the_test_set_too(self, tiny, tmp_path):
+        assert call(*tiny("SGD", tmp_path / "run", "--holdout", 12)).code == 0
+        words = ["--resume", tmp_path / "run", "--eval"]
+        assert "on 12 held-out training pictures of folder" in call(*words).out
+        assert "on 18 test pictures of folder" in call(*words, "--holdout", 0).out
+
+
 def test_too_little_memory_is_one_sentence(tiny, tmp_path, monkeypatch):
     def exhausted(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")

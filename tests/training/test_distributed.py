@@ -256,7 +256,9 @@ def test_a_launcher_may_send_its_signal_more_than_once(monkeypatch):
     try:
         with main.StopRequest(None) as stop:
             for _ in range(3):
+                assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # which would end the tests
                 signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGTERM
     finally:

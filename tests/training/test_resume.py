@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from helpers import (
     load,
     log_lines,
     stop_at,
+    wait_for_the_next_second,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,11 +46,6 @@ def stopped_run(tiny, monkeypatch, method, save, check, *flags):
         outcome = call(*tiny(method, save, *flags))
     assert (outcome.code, outcome.err) == (0 if "finished" in outcome.out else 128 + signal.SIGTERM, "")
     return outcome
-
-
-def wait_for_the_next_second():
-    """Names of TensorBoard's files hold whole seconds: two runs within one would be read in any order."""
-    time.sleep(1.01 - time.time() % 1)
 
 
 def scalars(save: Path) -> dict[str, list[int]]:
@@ -134,9 +132,9 @@ class TestStop:
         # Called from Python, the call counts: the process may be a notebook that has been open for days.
         assert "finished 2 epochs" in call(*tiny("SGD", tmp_path / "run", "--max_minutes", 4)).out
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize("number", utils.StopRequest.SIGNALS)
     def test_a_signal_finishes_the_step_and_exits_with_128_plus_its_number(
-        self, tiny, finished, tmp_path, monkeypatch, number, code
+        self, tiny, finished, tmp_path, monkeypatch, number
     ):
         save, true_loss, calls = tmp_path / "run", main.cross_entropy, []
 
@@ -149,7 +147,7 @@ class TestStop:
         with monkeypatch.context() as patch:
             patch.setattr(main, "cross_entropy", loss)
             outcome = call(*tiny("AdamG", save))
-        assert (outcome.code, outcome.err) == (code, "")
+        assert (outcome.code, outcome.err) == (128 + number, "")
         assert f"stopped by {number.name} after 0 epochs and 2 of {STEPS} steps" in outcome.out
         self.continue_as_told(outcome)
         assert_same_run(save, finished["AdamG"][0])
@@ -179,6 +177,41 @@ class TestStop:
         assert (process.returncode, err) == (code, "")
         assert out.splitlines()[-1].endswith(f"to continue: python main.py --resume {tmp_path / 'run'}")
         assert load(tmp_path / "run")["epoch"] == len(log_lines(tmp_path / "run")) >= 1
+
+
+class TestCalledFromPython:
+    """As from a notebook."""
+
+    def settings(self):
+        handlers = [signal.getsignal(number) for number in utils.StopRequest.SIGNALS]
+        cudnn = torch.backends.cudnn
+        return handlers, list(warnings.filters), threading.excepthook, cudnn.deterministic, cudnn.allow_tf32
+
+    def test_leaves_everything_as_it_was(self, tiny, tmp_path, monkeypatch):
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            before = self.settings()
+            with monkeypatch.context() as patch:
+                stop_at(patch, 2)
+                assert main.main(tiny("SGD", tmp_path / "run")) == 143
+            assert main.main(tiny("SGD", tmp_path / "run", "--resume", "auto")) == 0
+            assert self.settings() == before
+
+    def test_trains_in_a_thread(self, tiny, finished, tmp_path):
+        codes = []
+        thread = threading.Thread(target=lambda: codes.append(main.main(tiny("SGD", tmp_path / "run"))))
+        thread.start()
+        thread.join()
+        assert codes == [0]
+        assert_same_run(tmp_path / "run", finished["SGD"][0])
+
+
+def test_nohup_stays_in_force(tiny, tmp_path, monkeypatch):
+    before, count = signal.signal(signal.SIGHUP, signal.SIG_IGN), main.Training.count
+    monkeypatch.setattr(main.Training, "count", lambda *a: os.kill(os.getpid(), signal.SIGHUP) or count(*a))
+    try:
+        assert "finished 2 epochs" in call(*tiny("SGD", tmp_path / "run")).out
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class TestResume:

@@ -25,8 +25,10 @@ from helpers import (
     contents,
     load,
     log_lines,
+    wait_for_the_next_second,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -95,8 +97,21 @@ def test_a_changed_file_is_told_from_the_commit(tmp_path, monkeypatch):
     for text, end in (("committed", ""), ("changed", "-dirty")):
         (tmp_path / "utils.py").write_text(text)
         utils.write_config(tmp_path, {}, torch.device("cpu"))
-        commit = json.loads((tmp_path / "config.json").read_text())["git_commit"]
-        assert re.fullmatch("[0-9a-f]{40}" + end, commit)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert re.fullmatch("[0-9a-f]{40}" + end, config["git_commit"])
+        assert "git_error" not in config
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_where_git_does_not_know_the_commit_it_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for path, reason in ((os.environ["PATH"], "not a git repository"), ("", "No such file")):
+        monkeypatch.setenv("PATH", path)
+        utils.write_config(tmp_path, {}, torch.device("cpu"))
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["git_commit"] is None
+        assert reason in config["git_error"]
 
 
 class TestLog:
@@ -221,6 +236,29 @@ class TestTensorBoard:
         for name in ("optim_method", "lrg", "epoch_step"):
             assert name.encode() in start
         assert b"dataroot" not in start  # changes no result
+
+    def test_of_a_run_with_more_epochs_it_shows_the_new_number(self, finished, tmp_path):
+        save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+        wait_for_the_next_second()
+        assert call("--resume", save, "--epochs", 3).code == 0
+        events = board(save)
+        assert [event.value for event in events.Scalars("hparam/epochs")] == [2, 3]
+        assert b"epochs" not in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+
+    def test_a_full_disk_is_one_sentence(self, tiny, tmp_path, monkeypatch):
+        written, write = [], RecordWriter.write
+
+        def fill_up(writer, data):
+            written.append(data)
+            if len(written) > limit:
+                raise OSError(28, "No space left on device")
+            write(writer, data)
+
+        monkeypatch.setattr(RecordWriter, "write", fill_up)
+        for limit in (0, 3, 20):
+            written.clear()
+            outcome = call(*tiny("SGD", tmp_path / str(limit)))
+            assert_one_sentence(outcome, 1, "No space left", "--resume")
 
 
 class TestCheckpoint:
