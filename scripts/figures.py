@@ -170,7 +170,10 @@ def draw_points(panel, points, **style):
 
 
 def draw_paper(path, curves, drops):
-    """The paper's curves alone, {(data set, network): {method: points}}; `drops[data]`: epochs before a drop."""
+    """The paper's curves alone, a panel for each {(data set, network): {method: points}}.
+
+    drops[data]: the epochs before a drop.
+    """
     figure, panels = plt.subplots(1, len(curves), figsize=(12, 4), layout="constrained")
     for panel, ((data, network), methods) in zip(panels, curves.items(), strict=True):
         for method, points in methods.items():

@@ -1,8 +1,7 @@
-"""Runs as `main.py` leaves them: a directory with `config.json` and `log.txt`, read by one schema.
+"""Runs as `main.py` leaves them: directories with `config.json` and `log.txt`, checked by one schema.
 
-What the tables and figures read of a run, its shape says below. A run whose files say anything else, of
-whatever type, is left out with a sentence that names it; after reading, no figure is missing, of another
-type, infinite or not a number.
+A run that cannot be used, whatever is in its files, is left out with a sentence that names it. In those that
+are returned nothing that tables and figures read is missing, of another type, infinite or not a number.
 """
 
 import json
@@ -200,8 +199,8 @@ def read_log(path, options):
     if not os.path.lexists(path):  # the run has just begun
         return []
     epochs = {}
-    for record in log_records(path):
-        check(record, RECORD, "a line of log.txt")
+    for place, record in log_records(path):
+        check(record, RECORD, place)
         epoch = record["epoch"]
         if epoch in epochs:
             raise Unusable(f"log.txt has epoch {epoch} twice")
@@ -219,11 +218,12 @@ def read_log(path, options):
 
 
 def log_records(path) -> Iterator:
-    """What the lines of a log hold. What follows the last line end is being written, and is left alone."""
+    """(place, value) of a log's lines. What follows the last line end is being written, and is left alone."""
     for count, line in enumerate(read(path).split(b"\n")[:-1], 1):
+        place = f"line {count} of log.txt"
         if not line.startswith(b"json_stats:"):
-            raise Unusable(f"line {count} of log.txt does not begin with json_stats")
-        yield parse(line.removeprefix(b"json_stats:"), f"line {count} of log.txt")
+            raise Unusable(f"{place} does not begin with json_stats")
+        yield place, parse(line.removeprefix(b"json_stats:"), place)
 
 
 def read(path):
@@ -247,7 +247,7 @@ def parse(content, name):
 def is_authors_run(path):
     """Whether the authors' script wrote the log: options have their flags' names, and there is no config."""
     try:
-        record = next(log_records(path / "log.txt"), None)
+        _, record = next(log_records(path / "log.txt"), (None, None))
     except Unusable:
         return False
     return not (path / "config.json").exists() and isinstance(record, dict) and "batchSize" in record

@@ -448,9 +448,9 @@ def overview(section):
 
 def overview_line(run, model, label, experiment, errors):
     line = {"Test error (%)": markdown(label), "Experiment": markdown(experiment)}
-    return line | {
-        name: beside(words, paper_error(run, model, name), ".2f") for name, words in errors.items()
-    }
+    for name, words in errors.items():
+        line[name] = beside(words, paper_error(run, model, name), ".2f")
+    return line
 
 
 def overview_text(cell, is_best):
@@ -506,69 +506,91 @@ def bold(words, yes):
 
 
 def unfinished_text(cell):
-    """What stands for the result of a cell without a finished run; "" if it has finished ones."""
-    if cell.runs:
-        return ""
     return f"unfinished ({max(cell.unfinished, key=lambda run: len(run.epochs)).progress})"
 
 
 # Tables of the training loss, which the paper's claims are about
 
-LOSS_AT_END = """\
-The training loss at the end of each phase, that is, before each drop of the learning rates and at the last
-epoch: the median of the phase's last three epochs; of these the median and range over the runs, and the
-ratio of the medians to SGD's.
+AT_END = """\
+Training loss at the end of each phase, that is, before each drop of the learning rates and at the last epoch:
+the median of the phase's last three epochs. Of these the median and range over the runs, and the ratio of
+the medians to SGD's.
 """
-LOSS_RISE = """\
-The lowest training loss within each phase, of medians of three epochs in a row, and how far the loss rose
-again to the phase's end, where it did not go on falling: medians over the runs, and the range of the rise.
+RISE = """\
+The lowest training loss within each phase, and how far it rose again to the phase's end. Both are medians of
+three epochs in a row, so +0% says that the phase ended with its lowest loss.
 """
-OF_PAPER = "The paper's are medians of three points of its curves, which have every second epoch.\n"
+FALL = """\
+The plateau: the lowest training loss of each phase's second half against that of its first half, of the same
+medians. Near 0% the loss stood still, far below it went on falling.
+"""
+OF_PAPER = "The paper's losses are medians of three points of its curves, which have every second epoch.\n"
 
 
 class PhaseLoss(NamedTuple):
-    """A training loss between two drops. Of the medians of three epochs in a row: the last and the lowest."""
+    """A training loss between two drops: the median of three epochs in a row, after each of them."""
 
-    end: float
-    lowest: float
+    medians: list
+
+    @property
+    def end(self):
+        return self.medians[-1]
+
+    @property
+    def lowest(self):
+        return min(self.medians)
 
     @property
     def rise(self):
         """From the lowest to the end, in %."""
-        return 100 * (self.end / self.lowest - 1) if self.lowest else 0.0
+        return percent_more(self.end, self.lowest)
+
+    @property
+    def fall(self):
+        """From the lowest of the first half to the lowest of the second, in %: below 0 if it fell."""
+        half = (len(self.medians) + 1) // 2
+        return percent_more(min(self.medians[half:]), min(self.medians[:half]))
+
+
+def percent_more(a, b):
+    return 100 * (a / b - 1) if b else 0.0
 
 
 def phase_losses(curve, ends):
-    """A PhaseLoss for each phase of a curve [(epoch, loss), ...]; None for one without a point."""
+    """A PhaseLoss for each phase of a curve [(epoch, loss), ...] that has points in each."""
     found = []
     for start, end in pairwise([0, *ends]):
         losses = [loss for epoch, loss in curve if start < epoch <= end]
-        medians = [median(losses[i : i + 3]) for i in range(max(1, len(losses) - 2)) if losses]
-        found.append(PhaseLoss(medians[-1], min(medians)) if losses else None)
+        found.append(PhaseLoss([median(losses[i : i + 3]) for i in range(max(1, len(losses) - 2))]))
     return found
 
 
 def loss_tables(section):
-    """Two tables in Markdown with a line for each network and phase: the loss at its end, the rise to it."""
+    """Tables in Markdown with a line for each network and phase: its end, the rise to it, the plateau."""
     ends = section.phase_ends
     rows = [row for row in section.rows if any(cell.runs for cell in row.cells.values())]
     if section.held_out or len(ends) == 1 or not rows:
         return []
-    at_end, rises, has_paper = [], [], False
+    tables, has_paper = {AT_END: [], RISE: [], FALL: []}, False
     for row in rows:
         curves = row.paper_curves if follows_paper(row.any_run) else {}
         has_paper = has_paper or bool(curves)
         sgd = sgd_beside(row, section)
         for phase, (start, end) in enumerate(pairwise([0, *ends])):
-            paper = {method: phase_losses(curve, ends)[phase] for method, curve in curves.items()}
+            paper = {method: [phase_losses(curve, ends)[phase]] for method, curve in curves.items()}
             ours = {method: [of[phase] for of in cell.phases(ends)] for method, cell in row.cells.items()}
-            of_sgd = [of[phase].end for of in sgd.phases(ends)] if sgd else []
+            of_sgd = [of[phase] for of in sgd.phases(ends)] if sgd else []
             head = {"Network": markdown(row.label), "Experiment": markdown(row.experiment)}
             head["Epochs"] = f"{start + 1} to {end}"
-            at_end.append(head | end_texts(row, ours, paper) | ratio_texts(ours, paper, of_sgd))
-            rises.append(head | rise_texts(row, ours, paper))
-    note = LOSS_AT_END + OF_PAPER * has_paper
-    return [note, *markdown_table(at_end), "", LOSS_RISE, *markdown_table(rises), ""]
+            ratios = ratio_texts(ours, paper, of_sgd)
+            tables[AT_END].append(head | loss_texts(row, ours, paper, end_words) | ratios)
+            if end - start > 3:  # in fewer there is one median
+                tables[RISE].append(head | loss_texts(row, ours, paper, rise_words))
+                tables[FALL].append(head | loss_texts(row, ours, paper, fall_words))
+    lines = []
+    for note, table in tables.items():
+        lines += [note, *markdown_table(table), ""] if table else []
+    return [*lines, OF_PAPER] if has_paper else lines
 
 
 def sgd_beside(row, section):
@@ -577,42 +599,52 @@ def sgd_beside(row, section):
     return row.cells.get("SGD") or (cells[0] if len(cells) == 1 else None)
 
 
-def end_texts(row, ours, paper):
-    """By method: `ours` are lists of PhaseLoss, `paper` single ones."""
-    samples = {method: [loss.end for loss in losses] for method, losses in ours.items()}
-    winners = best(samples, ".3g")
+def loss_texts(row, ours, paper, words):
+    """{method: text} for {method: list of PhaseLoss}, of which `words` makes median and range."""
+    winners = best({method: ends_of(losses) for method, losses in ours.items()}, ".3g")
     texts = dict.fromkeys(NAMES, "")
-    for method, ends in samples.items():
-        words = unfinished_text(row.cells[method])
-        if ends:
-            spread = f" ({min(ends):#.3g} to {max(ends):#.3g})" if len(ends) > 1 else ""
-            words = bold(f"{median(ends):#.3g}", method in winners) + spread
-        texts[method] = beside(words, paper[method].end if method in paper else None, ".2g")
+    for method, losses in ours.items():
+        middle, spread = words(losses) if losses else (unfinished_text(row.cells[method]), "")
+        theirs = f"; paper {words(paper[method])[0]}" if method in paper else ""
+        texts[method] = bold(middle, words is end_words and method in winners) + spread + theirs
     return texts
+
+
+def end_words(losses):
+    return middle_and_spread(ends_of(losses), ".3g")
+
+
+def rise_words(losses):
+    middle, spread = middle_and_spread([loss.rise for loss in losses], "+z.0f", "%")
+    return f"{median(loss.lowest for loss in losses):.3g}, {middle}", spread
+
+
+def fall_words(losses):
+    return middle_and_spread([loss.fall for loss in losses], "+z.0f", "%")
+
+
+def ends_of(losses):
+    return [loss.end for loss in losses]
+
+
+def middle_and_spread(values, form, unit=""):
+    """The median and, of several values, the range."""
+    spread = f" ({min(values):{form}} to {max(values):{form}}{unit})" if len(values) > 1 else ""
+    return f"{median(values):{form}}{unit}", spread
 
 
 def ratio_texts(ours, paper, of_sgd):
-    """Of each other method's loss to SGD's, whose losses are `of_sgd`."""
+    """Of each other method's loss at the end to SGD's, which are `of_sgd`."""
+
+    def ratio(losses, sgd):
+        if not losses or not sgd or not median(ends_of(sgd)):
+            return None
+        return median(ends_of(losses)) / median(ends_of(sgd))
+
     texts = {}
     for method in NAMES[1:]:
-        ends = [loss.end for loss in ours.get(method, [])]
-        ratio = median(ends) / median(of_sgd) if ends and of_sgd and median(of_sgd) else None
-        theirs = paper[method].end / paper["SGD"].end if method in paper else None
-        texts[f"{method} / SGD"] = beside(text(ratio, ".2f"), theirs, ".2f") if ends else ""
-    return texts
-
-
-def rise_texts(row, ours, paper):
-    """As `end_texts`, of the lowest loss and the rise."""
-    texts = dict.fromkeys(NAMES, "")
-    for method, losses in ours.items():
-        words = unfinished_text(row.cells[method])
-        if losses:
-            rises = [loss.rise for loss in losses]
-            spread = f" ({min(rises):+.0f} to {max(rises):+.0f}%)" if len(rises) > 1 else ""
-            words = f"{median(loss.lowest for loss in losses):#.3g}, {median(rises):+.0f}%" + spread
-        theirs = f"; paper {paper[method].lowest:.2g}, {paper[method].rise:+.0f}%" if method in paper else ""
-        texts[method] = words + theirs
+        theirs = ratio(paper.get(method), paper.get("SGD"))
+        texts[f"{method} / SGD"] = beside(text(ratio(ours.get(method), of_sgd), ".2f"), theirs, ".2f")
     return texts
 
 
@@ -715,9 +747,7 @@ def draw(sections, target, x):
     rows = [row for section in results for row in section.rows if any(run.epochs for run in row.runs)]
     figures.draw_rows(rows, target, x, names)
     if not figures.is_file(target):
-        figures.draw_sections(
-            [section for section in results if section.has_reached_a_drop], target, x, names
-        )
+        figures.draw_sections([each for each in results if each.has_reached_a_drop], target, x, names)
         drops = {LABELS.get(dataset, dataset): paper.epoch_step for dataset, paper in PAPER.items()}
         figures.draw_paper(target / "paper-curves.png", read_paper_curves(), drops)
 
