@@ -513,8 +513,8 @@ def unfinished_text(cell):
 
 AT_END = """\
 Training loss at the end of each phase, that is, before each drop of the learning rates and at the last epoch:
-the median of the phase's last three epochs. Of these the median and range over the runs, and the ratio of
-the medians to SGD's.
+the median of the phase's last three epochs, or of all where it has fewer. Of these the median and range over
+the runs, and the ratio of the medians to SGD's.
 """
 RISE = """\
 The lowest training loss within each phase, and how far it rose again to the phase's end. Both are medians of
@@ -604,22 +604,22 @@ def loss_texts(row, ours, paper, words):
     winners = best({method: ends_of(losses) for method, losses in ours.items()}, ".3g")
     texts = dict.fromkeys(NAMES, "")
     for method, losses in ours.items():
-        middle, spread = words(losses) if losses else (unfinished_text(row.cells[method]), "")
-        theirs = f"; paper {words(paper[method])[0]}" if method in paper else ""
+        middle, spread = words(losses, "#.3g") if losses else (unfinished_text(row.cells[method]), "")
+        theirs = f"; paper {words(paper[method], '.2g')[0]}" if method in paper else ""
         texts[method] = bold(middle, words is end_words and method in winners) + spread + theirs
     return texts
 
 
-def end_words(losses):
-    return middle_and_spread(ends_of(losses), ".3g")
+def end_words(losses, form):
+    return middle_and_spread(ends_of(losses), form)
 
 
-def rise_words(losses):
+def rise_words(losses, form):
     middle, spread = middle_and_spread([loss.rise for loss in losses], "+z.0f", "%")
-    return f"{median(loss.lowest for loss in losses):.3g}, {middle}", spread
+    return f"{median(loss.lowest for loss in losses):{form}}, {middle}", spread
 
 
-def fall_words(losses):
+def fall_words(losses, _form):
     return middle_and_spread([loss.fall for loss in losses], "+z.0f", "%")
 
 

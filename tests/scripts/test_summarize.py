@@ -448,9 +448,12 @@ def test_the_loss_at_the_end_of_a_phase_is_the_median_of_its_last_three_epochs()
     write_run("runs/AdamG", 4.0, "AdamG", losses=FALLING, **DROPS)
     (first, second, third) = table_after(show("runs"), "Training loss at the end")
     assert [line["Epochs"] for line in (first, second, third)] == ["1 to 5", "6 to 8", "9 to 12"]
-    assert [line["SGD"] for line in (first, second)] == ["3 (1.5 to 15)", "0.8 (0.4 to 4)"]
-    assert [line["SGD-G"] for line in (first, second)] == ["**0.75** (0.75 to 0.75)", "**0.2** (0.2 to 0.2)"]
-    assert third["Adam-G"] == "0.55"
+    assert [line["SGD"] for line in (first, second)] == ["3.00 (1.50 to 15.0)", "0.800 (0.400 to 4.00)"]
+    assert [line["SGD-G"] for line in (first, second)] == [
+        "**0.750** (0.750 to 0.750)",
+        "**0.200** (0.200 to 0.200)",
+    ]
+    assert third["Adam-G"] == "0.550"
     assert [third[f"{method} / SGD"] for method in ("SGD-G", "Adam-G")] == ["0.25", "0.50"]
 
 
@@ -463,9 +466,9 @@ def test_the_plateau_is_the_rise_from_the_lowest_and_the_fall_from_half_to_half(
     text = show("runs")
     rises, falls = table_after(text, "The lowest training loss"), table_after(text, "The plateau")
     assert [line["Epochs"] for line in rises] == [line["Epochs"] for line in falls] == ["1 to 5", "9 to 12"]
-    assert [line["SGD"] for line in rises] == ["1.5, +0%", "0.3, +33%"]
+    assert [line["SGD"] for line in rises] == ["1.50, +0%", "0.300, +33%"]
     assert [line["SGD"] for line in falls] == ["-25%", "+33%"]
-    assert rises[1]["SGD-G"] == "0.25, +50% (+0 to +100%)"
+    assert rises[1]["SGD-G"] == "0.250, +50% (+0 to +100%)"
     assert falls[0]["SGD-G"] == "-12% (-25 to +0%)"
 
 
@@ -475,7 +478,7 @@ def test_a_run_that_has_not_finished_has_no_phases():
     write_run("runs/SGD1", 4.0, losses=[9.0] * 12, written=11, seed=1, **DROPS)
     write_run("runs/SGDG", 4.0, "SGDG", losses=FALLING, written=11, **DROPS)
     (line, _, _) = table_after(show("runs"), "Training loss at the end")
-    assert (line["SGD"], line["SGD-G"]) == ("1.5", "unfinished (11 of 12 epochs)")
+    assert (line["SGD"], line["SGD-G"]) == ("1.50", "unfinished (11 of 12 epochs)")
     write_run("constant/SGD", 4.0, losses=FALLING, epoch_step=[12])
     write_run("search/SGD", 4.0, losses=FALLING, holdout=10, **DROPS)
     assert "Training loss at the end" not in show("constant", "search", "runs/SGDG")
@@ -499,7 +502,7 @@ def test_a_loss_of_zero_is_no_division_by_zero():
     for method in RATES:
         write_run(f"runs/{method}", 4.0, method, losses=[0.0] * 12, **DROPS)
     (line, *_) = table_after(show("runs"), "Training loss at the end")
-    assert (line["SGD-G"], line.get("SGD-G / SGD", "")) == ("0", "")
+    assert (line["SGD-G"], line.get("SGD-G / SGD", "")) == ("0.00", "")
 
 
 def test_the_papers_losses_stand_beside_those_of_its_network_data_and_schedule():
@@ -509,7 +512,7 @@ def test_the_papers_losses_stand_beside_those_of_its_network_data_and_schedule()
         write_run(f"full/{method}", 4.0, method, **named)
     text = show("full")
     first, second, *_ = table_after(text, "Training loss at the end")
-    assert (first["SGD"], first["SGD-G"]) == ("1; paper 0.3", "1; paper 0.31")
+    assert (first["SGD"], first["SGD-G"]) == ("1.00; paper 0.3", "1.00; paper 0.31")
     assert first["SGD-G / SGD"] == "1.00; paper 1.03"
     assert float(second["SGD-G / SGD"].split()[-1]) < 0.2
     plateau = table_after(text, "The plateau")[1]  # what the poster claims, in a number
@@ -520,7 +523,7 @@ def test_the_papers_losses_stand_beside_those_of_its_network_data_and_schedule()
         "schedule": {"epoch_step": [50, 120, 160]},
     }.items():
         write_run(name, 4.0, **named | other)
-        assert table_after(show(name), "Training loss at the end")[0]["SGD"] == "1"
+        assert table_after(show(name), "Training loss at the end")[0]["SGD"] == "1.00"
 
 
 # Runs that cannot be used
@@ -553,6 +556,7 @@ VALUES = [  # (object, key, value): reason. `record` is the fifth epoch's line.
     ("options", "epochs", True, "is True, not a whole number"),
     ("options", "epochs", 4, "log.txt has 5 epochs, and config.json 4"),
     ("options", "lr", 10**400, "lr is 1000"),
+    ("options", "lr", 0.2, "log.txt is of another run than config.json: lr differs"),
     ("options", "lr_decay_ratio", float("nan"), "lr_decay_ratio is nan, not a number"),
     ("options", "dropout", [[0.3]], "dropout is [[0.3]], not a single value"),
     ("options", "seed", 3, "log.txt is of another run than config.json: seed differs"),
