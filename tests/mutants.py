@@ -247,7 +247,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     ],
     "scripts/summarize.py": [
         ('"test_error": median(errors) if', '"test_error": sum(errors) / len(errors) if', "tables median"),
-        ('return 100 - self.epochs[-1]["test_acc"]', 'return 100 - max(epoch["test_acc"] for epoch in self.epochs)', "tables median"),
         ('(run.options["epochs"], run.options["epoch_step"]) == (paper.epochs, paper.epoch_step)', 'run.options["epochs"] == paper.epochs', "tables where_it_may"),
         ("paper if paper and paper.images ==", "paper if paper or paper.images ==", "tables where_it_may"),
         ("lowest = min(medians.values())", "lowest = max(medians.values())", "tables side_by_side"),
@@ -255,7 +254,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("median(errors) - paper if", "paper - median(errors) if", "tables where_it_may"),
         ('NO_RESULT = ("seed", ', 'NO_RESULT = ("seed", "dropout", ', "tables never_in_one_cell"),
         ("max(cell.unfinished", "min(cell.unfinished", "tables unfinished_run"),
-        ("start < epoch <= end", "start <= epoch <= end", "tables end_of_a_phase"),
+        ("start < epoch <= end", "start <= epoch <= end", "tables plateau"),
         ("max(1, len(losses) - 2)", "len(losses)", "tables end_of_a_phase"),
         ('drop < options["epochs"]', "drop", "tables end_of_a_phase"),
         ("if section.held_out or len", "if len", "tables has_no_phases"),
@@ -263,6 +262,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("`*\\[\\]<>|&~$]", "`*\\[\\]<>&~$]", "tables names_break"),
     ],
     "scripts/runs.py": [
+        ('return 100 - self.epochs[-1]["test_acc"]', 'return 100 - max(epoch["test_acc"] for epoch in self.epochs)', "tables median"),
         ('== self.options["epochs"]', ">= 1", "tables unfinished"),
         ('split(b"\\n")[:-1]', 'split(b"\\n")', "tables being_written"),
         (" and low <= value <= high", "", "tables value_that_cannot"),

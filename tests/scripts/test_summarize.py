@@ -613,18 +613,19 @@ def test_a_value_that_cannot_be_used_is_named(expect_left_out, where, key, value
     expect_left_out(reason)
 
 
-@pytest.mark.parametrize("file", ["config.json", "log.txt"])
+@pytest.mark.parametrize("files", [["config.json"], ["log.txt"], ["config.json", "log.txt"]])
 @pytest.mark.parametrize("kind", ["directory", "pipe", "broken link"])
-def test_what_is_no_file_is_named(expect_left_out, file, kind):
-    odd = write_run("runs/odd", 5.0) / file
-    odd.unlink()
-    if kind == "directory":
-        odd.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(odd)
-    else:
-        odd.symlink_to("nowhere")
-    expect_left_out(f"{file} cannot be read" if kind == "broken link" else f"{file} is not a file")
+def test_what_is_no_file_is_named(expect_left_out, files, kind):
+    path = write_run("runs/odd", 5.0)
+    for file in files:
+        (path / file).unlink()
+        if kind == "directory":
+            (path / file).mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path / file)
+        else:
+            (path / file).symlink_to("nowhere")
+    expect_left_out(f"{files[0]} cannot be read" if kind == "broken link" else f"{files[0]} is not a file")
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch, capsys):
