@@ -30,8 +30,6 @@ QUANTITIES = {
     "Training loss": lambda run: run.losses,
     "Test error (%)": lambda run: [100 - epoch["test_acc"] for epoch in run.epochs],
 }
-
-
 AXES = {"epoch": "Epoch", "time": "Minutes"}
 
 

@@ -488,7 +488,7 @@ def text(value, form=""):
 
 
 def beside(words, paper, form):
-    return words if paper is None else f"{words}; paper {paper:{form}}"
+    return "; ".join(filter(None, [words, None if paper is None else f"paper {paper:{form}}"]))
 
 
 def one_line(words):
@@ -643,7 +643,7 @@ def ratio_texts(ours, paper, of_sgd):
 
     texts = {}
     for method in NAMES[1:]:
-        theirs = ratio(paper.get(method), paper.get("SGD"))
+        theirs = ratio(paper.get(method), paper.get("SGD")) if method in ours else None
         texts[f"{method} / SGD"] = beside(text(ratio(ours.get(method), of_sgd), ".2f"), theirs, ".2f")
     return texts
 
@@ -743,7 +743,7 @@ def draw(sections, target, x):
     """A figure for each row with results; in a folder also of the losses in each section, and the paper's."""
     import figures  # here, because matplotlib takes a second to import and tables need none
 
-    results, names = [section for section in sections if not section.held_out], set()
+    results, names = [section for section in sections if not section.held_out], {"paper-curves.png"}
     rows = [row for section in results for row in section.rows if any(run.epochs for run in row.runs)]
     figures.draw_rows(rows, target, x, names)
     if not figures.is_file(target):
