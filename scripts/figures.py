@@ -1,13 +1,11 @@
 """The figures of `summarize.py`: training loss and test error against epoch or time, and the paper's curves.
 
-Rows and cells are those of `summarize.py`: a row has a cell for each method, a cell has runs that differ in
-the seed only.
+Sections, rows and cells are those of `summarize.py`: a section has rows, a row has a cell for each method, a
+cell has runs that differ in the seed only.
 """
 
-import csv
 import re
-from itertools import accumulate
-from pathlib import Path
+from itertools import accumulate, count
 from statistics import median
 
 import matplotlib
@@ -18,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = {"SGD": "#000000", "SGD-G": "#0072B2", "Adam-G": "#D55E00"}  # Okabe, Ito: for colour-blind eyes too
 DROP = "0.5"  # grey
-PAPER_CURVES = Path(__file__).parents[1] / "docs/paper_curves.csv"
+DROPS = "learning rates drop"
 PAPER_STYLE = {"linestyle": (0, (4, 2)), "linewidth": 1, "zorder": 1.5}  # thin, dashed, behind ours
 
 
@@ -29,27 +27,41 @@ def minutes(run):
 QUANTITIES = {
     "epoch": lambda run: list(range(1, len(run.epochs) + 1)),
     "time": minutes,
-    "Training loss": lambda run: [epoch["train_loss"] for epoch in run.epochs],
+    "Training loss": lambda run: run.losses,
     "Test error (%)": lambda run: [100 - epoch["test_acc"] for epoch in run.epochs],
 }
+AXES = {"epoch": "Epoch", "time": "Minutes"}
 
 
-# A row's figure
+# The figures of a row and of a section
 
 
-def draw_rows(rows, target, x):
+def draw_rows(rows, target, x, names):
     """A figure for each row, which `row.figure` names. `target` is a folder, or the one figure's file."""
     if is_file(target) and len(rows) > 1:
         raise ValueError(f"There are {len(rows)} figures to draw: give --plots a directory, not {target}.")
-    names = set()
     for row in rows:
-        words = [row.experiment, row.any_run.config["data"]["name"], row.model, "time" if x == "time" else ""]
-        stem = name = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
-        while name in names:  # another section or row of the same data set and network
-            name = f"{stem}-{1 + sum(other.startswith(stem) for other in names)}"
-        names.add(name)
-        row.figure = target if is_file(target) else target / f"{name}.png"
+        words = [row.experiment, row.any_run.config["data"]["name"], row.model]
+        row.figure = target if is_file(target) else target / free_name(words, x, names)
         draw_row(row, row.figure, x)
+
+
+def draw_sections(sections, folder, x, names):
+    """A figure of the training losses in each section, which `section.figure` names."""
+    for section in sections:
+        words = [section.any_run.config["data"]["name"], "training loss"]
+        section.figure = folder / free_name(words, x, names)
+        draw_losses(section, section.figure, x)
+
+
+def free_name(words, x, names):
+    """A file's name of these words that is not among `names`, and is added to them."""
+    words = " ".join([*words, "time" if x == "time" else ""]).lower()
+    stem = re.sub(r"[^a-z0-9]+", "-", words)[:100].strip("-") or "figure"  # file systems take 255 bytes
+    numbered = (f"{stem}-{number}.png" for number in count(2))  # another of the same data set and network
+    name = f"{stem}.png" if f"{stem}.png" not in names else next(n for n in numbered if n not in names)
+    names.add(name)
+    return name
 
 
 def is_file(target):
@@ -61,16 +73,42 @@ def draw_row(row, path, x):
     """The paper's kind of figure: all seeds thin, the median of the finished ones thick, the drops dotted."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for panel, quantity in zip(panels, ("Training loss", "Test error (%)"), strict=True):
-        for method, cell in row.cells.items():
-            draw_cell(panel, method, cell, x, quantity)
-        style(panel, quantity, {"epoch": "Epoch", "time": "Minutes"}[x])
-    if x == "epoch":  # the poster has no times
-        draw_paper_behind(panels[0], row)
+        draw_cells(panel, row, x, quantity)
+        style(panel, quantity, AXES[x])
     log_scale(panels[0])
     limit_errors(panels[1], row)
     legend(figure, panels[0])
-    figure.suptitle(row.title)
+    figure.suptitle(row.title, parse_math=False)
     save(figure, path)
+
+
+def draw_losses(section, path, x):
+    """The training loss, a panel for each row with all its methods, on the same axes."""
+    rows = [row for row in section.rows if any(run.epochs for run in row.runs)]
+    across = min(2, len(rows))
+    down = -(-len(rows) // across)
+    figure, panels = plt.subplots(
+        down, across, figsize=(8 if across == 1 else 11, 1 + 3.4 * down), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for panel, row in zip(panels.flat, rows, strict=False):
+        draw_cells(panel, row, x, "Training loss")
+        style(panel, row.titled(row.label), AXES[x])
+        panel.tick_params(labelbottom=True, labelleft=True)
+        panel.plot([], [], color=DROP, linestyle=":", label=DROPS)
+        panel.legend(fontsize="small", loc="upper right", frameon=False)
+    log_scale(panels[0, 0])
+    for panel in panels.flat[len(rows) :]:
+        panel.set_visible(False)
+    figure.suptitle(section.title, parse_math=False)
+    save(figure, path)
+
+
+def draw_cells(panel, row, x, quantity):
+    for method, cell in row.cells.items():
+        draw_cell(panel, method, cell, x, quantity)
+    if x == "epoch" and quantity == "Training loss":  # the poster's curves are of nothing else
+        draw_paper_behind(panel, row)
 
 
 def draw_cell(panel, method, cell, x, quantity):
@@ -111,20 +149,9 @@ def limit_errors(panel, row):
 # The paper's curves
 
 
-def read_paper_curves():
-    """{(data set, network): {method: [(epoch, training loss), ...]}}. The network is likely, not stated."""
-    curves = {}
-    with PAPER_CURVES.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            methods = curves.setdefault((line["data"], line["likely_network"]), {})
-            point = int(line["epoch"]), float(line["training_loss"])
-            methods.setdefault(line["method"], []).append(point)
-    return curves
-
-
 def draw_paper_behind(panel, row):
     """Where data set and network are the paper's, its curves of the methods that ran, for as many epochs."""
-    curves = read_paper_curves().get((row.paper_data, row.model.upper()), {})
+    curves = row.paper_curves
     last = row.any_run.options["epochs"]
     drawn = False
     for method in row.cells:
@@ -140,9 +167,11 @@ def draw_points(panel, points, **style):
     panel.plot([epoch for epoch, _ in points], [loss for _, loss in points], **style)
 
 
-def draw_paper(path, drops):
-    """The paper's curves alone, a panel for each data set; `drops[data]` are the epochs before a drop."""
-    curves = read_paper_curves()
+def draw_paper(path, curves, drops):
+    """The paper's curves alone, a panel for each {(data set, network): {method: points}}.
+
+    drops[data]: the epochs before a drop.
+    """
     figure, panels = plt.subplots(1, len(curves), figsize=(12, 4), layout="constrained")
     for panel, ((data, network), methods) in zip(panels, curves.items(), strict=True):
         for method, points in methods.items():
@@ -160,7 +189,8 @@ def draw_paper(path, drops):
 
 
 def style(panel, title, xlabel):
-    panel.set(title=title, xlabel=xlabel)
+    panel.set_title(title, parse_math=False)
+    panel.set_xlabel(xlabel)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 
@@ -179,7 +209,7 @@ def draw_drop(panel, where, colour):
 
 
 def legend(figure, panel):
-    panel.plot([], [], color=DROP, linestyle=":", label="learning rates drop")
+    panel.plot([], [], color=DROP, linestyle=":", label=DROPS)
     handles, labels = panel.get_legend_handles_labels()
     columns = 4 if len(labels) <= 4 else 3
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

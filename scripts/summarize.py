@@ -7,10 +7,11 @@ A run is a directory with `config.json` and `log.txt`. Its result is the last ep
 best epoch's. Runs that differ in nothing but the seed (and in what cannot change a result, such as the number
 of workers) make one cell; a run that has not finished is shown, but counts in no median. Runs may still be
 writing. Runs with --holdout serve to choose hyperparameters: a table of their own says how each method did
-with each set, without a figure.
+with each set, without a figure. Of the others, tables say how the training loss fell from one drop of the
+learning rates to the next, which is what the paper's claims are about.
 
-In this file: the paper's tables, runs and their groups, reading, grouping, comparing, tables, the program.
-The figures are drawn by `figures.py`.
+In this file: the paper's numbers, groups of runs, grouping, comparing, tables, the program. Runs are read by
+`runs.py`, figures drawn by `figures.py`.
 """
 
 import argparse
@@ -20,12 +21,15 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 from urllib.parse import quote
 
-METHODS = {"SGD": "SGD", "SGDG": "SGD-G", "AdamG": "Adam-G"}  # the option's values, and the paper's names
+from runs import METHODS, read_runs
+
 NAMES = list(METHODS.values())
 
 
@@ -53,6 +57,7 @@ PAPER = {
     }),
 }  # fmt: skip
 LABELS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100"}  # of data sets that have another name in options
+PAPER_CURVES = Path(__file__).parents[1] / "docs/paper_curves.csv"
 
 # Options by their part in a table, beside data set, SHA-256, and the precision of float32 convolutions (TF32
 # on many GPUs). Those of NO_RESULT change no result; those of SECTION must agree within a section of the
@@ -67,39 +72,7 @@ IN_COLUMNS = ("optim_method", "model", "depth", "width", "lr", "lrg")  # a table
 BEGIN, END = (f"<!-- made by scripts/summarize.py: {word} -->" for word in ("begin", "end"))
 
 
-# Runs, and their groups from small to large: cell, row, section
-
-
-@dataclass
-class Run:
-    path: Path
-    experiment: str  # the folders above the run that name no data set, network, method or seed
-    config: dict
-    epochs: list  # the records of log.txt, in order
-
-    @property
-    def options(self):
-        return self.config["options"]
-
-    @property
-    def method(self):
-        return METHODS[self.options["optim_method"]]
-
-    @property
-    def model(self):
-        return self.config["model"]
-
-    @property
-    def finished(self):
-        return len(self.epochs) >= self.options["epochs"]
-
-    @property
-    def progress(self):
-        return f"{len(self.epochs)} of {self.options['epochs']} epochs"
-
-    @property
-    def test_error(self):
-        return 100 - self.epochs[-1]["test_acc"]
+# Groups of runs from small to large: cell, row, section
 
 
 @dataclass
@@ -124,6 +97,10 @@ class Cell:
     @property
     def train_loss(self):
         return median(run.epochs[-1]["train_loss"] for run in self.runs)
+
+    def phases(self, ends):
+        """A list of PhaseLoss for each finished run, one for each phase."""
+        return [phase_losses(list(enumerate(run.losses, 1)), ends) for run in self.runs]
 
     @property
     def images_per_sec(self):
@@ -156,14 +133,17 @@ class Row:
 
     @property
     def title(self):
-        name = f"{self.label} on {data_label(self.any_run)}"
-        return f"{name} ({self.experiment})" if self.experiment else name
+        return self.titled(f"{self.label} on {data_label(self.any_run)}")
+
+    def titled(self, name):
+        return one_line(f"{name} ({self.experiment})" if self.experiment else name)
 
     @property
-    def paper_data(self):
-        """The paper's name of the data set, or None where the data is not the paper's."""
+    def paper_curves(self):
+        """{method: its curve in the paper} where data set and network are the paper's, otherwise {}."""
         dataset = self.any_run.options["dataset"]
-        return LABELS.get(dataset, dataset) if paper_of(self.any_run) else None
+        data = LABELS.get(dataset, dataset) if paper_of(self.any_run) else None
+        return read_paper_curves().get((data, self.model.upper()), {})
 
 
 @dataclass
@@ -171,6 +151,7 @@ class Section:
     """Rows with the same data, precision and schedule: what one table may compare."""
 
     rows: list
+    figure: Path | None = None
 
     @property
     def any_run(self):
@@ -185,98 +166,20 @@ class Section:
     def runs(self):
         return [run for row in self.rows for run in row.runs]
 
+    @property
+    def title(self):
+        return one_line(f"Training loss on {data_label(self.any_run)}")
 
-# Reading
+    @property
+    def phase_ends(self):
+        """The last epoch at each value of the learning rates: before each drop, and of the run."""
+        options = self.any_run.options
+        return [*(drop for drop in options["epoch_step"] if drop < options["epochs"]), options["epochs"]]
 
-
-# Not JSON or not what is expected (ValueError), of another type, no such file.
-UNUSABLE = (ValueError, TypeError, AttributeError, OSError)
-
-
-def read_runs(roots):
-    """All runs below `roots`, and a sentence for each that is left out."""
-    runs, left_out, seen = [], [], set()
-    for root in roots:
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            path = Path(folder)
-            if path.resolve() in seen:
-                subfolders.clear()  # or a link to a folder above would lead round and round
-                continue
-            seen.add(path.resolve())
-            subfolders.sort()
-            if "config.json" not in files and "log.txt" not in files:
-                continue
-            try:
-                runs.append(read_run(path, root))
-            except UNUSABLE as error:
-                reason = f"its config.json or log.txt cannot be used ({error})"
-                if is_authors_run(path):
-                    reason = "a run of the authors' script, which has no config.json to say data and versions"
-                left_out.append(f"{path}: {reason}")
-    return runs, left_out
-
-
-def read_run(path, root):
-    """The run in directory `path`, found below `root`. Raises an error of UNUSABLE if it is that."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    require(config, ("options", "data", "model", "device"))
-    options = config["options"]
-    options.setdefault("holdout", 0)  # older runs could not hold anything out, nor select by measurement
-    options.setdefault("select", None if options.get("optim_method") == "SGD" else "shape")
-    require(options, (*SECTION, *CELL, "seed"))
-    require(config["data"], ("name", "sha256", "train_images", "test_images"))
-    if options["optim_method"] not in METHODS:
-        raise ValueError(f"its method {options['optim_method']} is not one of {', '.join(METHODS)}")
-    return Run(path, experiment_of(path, root, config), config, read_log(path / "log.txt"))
-
-
-def read_log(path):
-    """The epochs of a log in order."""
-    if not path.exists():  # the run has just begun
-        return []
-    epochs = {}
-    numbers = ("epoch", "train_loss", "test_acc", "train_time", "test_time", "images_per_sec")
-    for record in log_records(path):
-        require(record, numbers)
-        if not all(isinstance(record[name], (int, float)) for name in numbers):
-            raise ValueError("not all of its figures are numbers")
-        epochs[record["epoch"]] = record
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def log_records(path):
-    """What the lines of a log hold. What follows the last line end is being written, and is left alone."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    return [json.loads(line.removeprefix("json_stats:")) for line in lines if line.startswith("json_stats:")]
-
-
-def is_authors_run(path):
-    """Whether the authors' script wrote the log: options have their flags' names, and there is no config."""
-    try:
-        return not (path / "config.json").exists() and "batchSize" in log_records(path / "log.txt")[0]
-    except (*UNUSABLE, IndexError):
-        return False
-
-
-def require(mapping, names):
-    missing = [name for name in names if name not in mapping]
-    if missing:
-        raise ValueError(f"it has no {', '.join(missing)}")
-
-
-def experiment_of(path, root, config):
-    """Below `logs`, `own-rates/CIFAR10/wrn-10-1/SGD/seed0` is of the experiment `own-rates`."""
-    options = config["options"]
-    names = [config["data"]["name"], config["model"]]
-    names += [options[name] for name in ("dataset", "model", "optim_method") if options.get(name)]
-    known = {letters(str(name)) for name in names}
-    parts = path.relative_to(root).parts[:-1]  # the last one is the run's own name, whatever it says
-    return "/".join(part for part in parts if letters(part) not in known)
-
-
-def letters(name):
-    """What data sets and networks are told apart by: the folder `cifar10-jpeg` is for CIFAR-10 (JPEG)."""
-    return re.sub(r"[\W_]", "", name.lower())
+    @property
+    def has_reached_a_drop(self):
+        first = self.phase_ends[0]
+        return first < self.any_run.options["epochs"] and any(len(run.epochs) > first for run in self.runs)
 
 
 # Grouping: runs to cells, cells to rows, rows to sections
@@ -366,6 +269,18 @@ def paper_of(run):
     return paper if paper and paper.images == (data["train_images"], data["test_images"]) else None
 
 
+@cache
+def read_paper_curves():
+    """{(data set, network): {method: [(epoch, training loss), ...]}}. The network is likely, not stated."""
+    curves = {}
+    with PAPER_CURVES.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            methods = curves.setdefault((line["data"], line["likely_network"]), {})
+            point = int(line["epoch"]), float(line["training_loss"])
+            methods.setdefault(line["method"], []).append(point)
+    return curves
+
+
 def paper_error(run, model, method):
     """The paper's test error in % on a run's data set, or None where it is not in the paper's tables."""
     paper = paper_of(run)
@@ -392,17 +307,16 @@ def compared_cells(section):
     return [groups[key] for key in sorted(groups)]
 
 
-def best(cells):
-    """The cells with the lowest median, to the two decimals that are shown.
+def best(samples, form=".2f"):
+    """The keys of {key: values of its finished runs} with the lowest median, to the digits that are shown.
 
     None where only one has finished runs. A single run is never the best: another seed might say otherwise.
     """
-    done = [cell for cell in cells if cell.runs]
-    if len(done) < 2:
+    medians = {key: float(format(median(values), form)) for key, values in samples.items() if values}
+    if len(medians) < 2:
         return []
-    medians = [round(median(cell.test_errors), 2) for cell in done]
-    lowest = min(medians)
-    return [cell for cell, value in zip(done, medians, strict=True) if value == lowest and len(cell.runs) > 1]
+    lowest = min(medians.values())
+    return [key for key, value in medians.items() if value == lowest and len(samples[key]) > 1]
 
 
 def options_by_method(section):
@@ -486,9 +400,9 @@ def cell_table(section):
     """A Markdown table with a line for each cell, and the best of those that are compared in bold."""
     lines = []
     for group in compared_cells(section):
-        winners = best([cell for _, cell in group])
+        winners = best({id(cell): cell.test_errors for _, cell in group})
         for row, cell in group:
-            lines.append(cell_line(summary(row, cell, section), row, cell, cell in winners))
+            lines.append(cell_line(summary(row, cell, section), row, cell, id(cell) in winners))
     return markdown_table(lines)
 
 
@@ -497,12 +411,12 @@ def cell_line(record, row, cell, is_best):
     held_out, several = bool(record["holdout"]), record["runs"] > 1
     error = bold(text(record["test_error"], ".2f"), is_best) if cell.runs else unfinished_text(cell)
     return {
-        "Network": row.model.upper() if held_out else row.label,
-        "Experiment": record["experiment"],
+        "Network": markdown(row.model.upper() if held_out else row.label),
+        "Experiment": markdown(record["experiment"]),
         "Method": record["method"],
         "lr": text(record["lr"]),
         "lrg": text(record["lrg"]),
-        "Other options": record["other_options"],
+        "Other options": markdown(record["other_options"]),
         "Runs": f"{record['runs']}" + (f" (+{record['unfinished']} unfinished)" if cell.unfinished else ""),
         "Held-out error (%)" if held_out else "Test error (%)": error,
         "Min": text(record["min"], ".2f") if several else "",
@@ -521,8 +435,8 @@ def overview(section):
     """
     run, lines = section.any_run, []
     for row in section.rows:
-        winners = best(row.cells.values())
-        errors = {name: overview_text(row.cells.get(name), row.cells.get(name) in winners) for name in NAMES}
+        winners = best({name: cell.test_errors for name, cell in row.cells.items()})
+        errors = {name: overview_text(row.cells.get(name), name in winners) for name in NAMES}
         lines.append(overview_line(run, row.model, row.label, row.experiment, errors))
     paper, present = paper_of(run), {row.model for row in section.rows}
     if paper and present & paper.errors.keys():
@@ -533,10 +447,9 @@ def overview(section):
 
 
 def overview_line(run, model, label, experiment, errors):
-    line = {"Test error (%)": label, "Experiment": experiment}
+    line = {"Test error (%)": markdown(label), "Experiment": markdown(experiment)}
     for name, words in errors.items():
-        paper = paper_error(run, model, name)
-        line[name] = words if paper is None else f"{words}; paper {paper:.2f}"
+        line[name] = beside(words, paper_error(run, model, name), ".2f")
     return line
 
 
@@ -574,12 +487,165 @@ def text(value, form=""):
     return "" if value is None else format(value, form)
 
 
+def beside(words, paper, form):
+    return "; ".join(filter(None, [words, None if paper is None else f"paper {paper:{form}}"]))
+
+
+def one_line(words):
+    """With what cannot be seen in Python's notation: line ends, controls, bytes of no known encoding."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def markdown(words):
+    """Words that Markdown is to show as they are, in a table too. A _ within a word means nothing there."""
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(words))
+
+
 def bold(words, yes):
     return f"**{words}**" if yes else words
 
 
 def unfinished_text(cell):
     return f"unfinished ({max(cell.unfinished, key=lambda run: len(run.epochs)).progress})"
+
+
+# Tables of the training loss, which the paper's claims are about
+
+AT_END = """\
+Training loss at the end of each phase, that is, before each drop of the learning rates and at the last epoch:
+the median of the phase's last three epochs, or of all where it has fewer. Of these the median and range over
+the runs, and the ratio of the medians to SGD's.
+"""
+RISE = """\
+The lowest training loss within each phase, and how far it rose again to the phase's end. Both are medians of
+three epochs in a row, so +0% says that the phase ended with its lowest loss.
+"""
+FALL = """\
+The plateau: the lowest training loss of each phase's second half against that of its first half, of the same
+medians. Near 0% the loss stood still, far below it went on falling.
+"""
+OF_PAPER = "The paper's losses are medians of three points of its curves, which have every second epoch.\n"
+
+
+class PhaseLoss(NamedTuple):
+    """A training loss between two drops: the median of three epochs in a row, after each of them."""
+
+    medians: list
+
+    @property
+    def end(self):
+        return self.medians[-1]
+
+    @property
+    def lowest(self):
+        return min(self.medians)
+
+    @property
+    def rise(self):
+        """From the lowest to the end, in %."""
+        return percent_more(self.end, self.lowest)
+
+    @property
+    def fall(self):
+        """From the lowest of the first half to the lowest of the second, in %: below 0 if it fell."""
+        half = (len(self.medians) + 1) // 2
+        return percent_more(min(self.medians[half:]), min(self.medians[:half]))
+
+
+def percent_more(a, b):
+    return 100 * (a / b - 1) if b else 0.0
+
+
+def phase_losses(curve, ends):
+    """A PhaseLoss for each phase of a curve [(epoch, loss), ...] that has points in each."""
+    found = []
+    for start, end in pairwise([0, *ends]):
+        losses = [loss for epoch, loss in curve if start < epoch <= end]
+        found.append(PhaseLoss([median(losses[i : i + 3]) for i in range(max(1, len(losses) - 2))]))
+    return found
+
+
+def loss_tables(section):
+    """Tables in Markdown with a line for each network and phase: its end, the rise to it, the plateau."""
+    ends = section.phase_ends
+    rows = [row for row in section.rows if any(cell.runs for cell in row.cells.values())]
+    if section.held_out or len(ends) == 1 or not rows:
+        return []
+    tables, has_paper = {AT_END: [], RISE: [], FALL: []}, False
+    for row in rows:
+        curves = row.paper_curves if follows_paper(row.any_run) else {}
+        has_paper = has_paper or bool(curves)
+        sgd = sgd_beside(row, section)
+        for phase, (start, end) in enumerate(pairwise([0, *ends])):
+            paper = {method: [phase_losses(curve, ends)[phase]] for method, curve in curves.items()}
+            ours = {method: [of[phase] for of in cell.phases(ends)] for method, cell in row.cells.items()}
+            of_sgd = [of[phase] for of in sgd.phases(ends)] if sgd else []
+            head = {"Network": markdown(row.label), "Experiment": markdown(row.experiment)}
+            head["Epochs"] = f"{start + 1} to {end}"
+            ratios = ratio_texts(ours, paper, of_sgd)
+            tables[AT_END].append(head | loss_texts(row, ours, paper, end_words) | ratios)
+            if end - start > 3:  # in fewer there is one median
+                tables[RISE].append(head | loss_texts(row, ours, paper, rise_words))
+                tables[FALL].append(head | loss_texts(row, ours, paper, fall_words))
+    lines = []
+    for note, table in tables.items():
+        lines += [note, *markdown_table(table), ""] if table else []
+    return [*lines, OF_PAPER] if has_paper else lines
+
+
+def sgd_beside(row, section):
+    """The row's SGD, or the only one of its network and experiment; None where there is none."""
+    cells = [other.cells["SGD"] for other in section.rows if other.key == row.key and "SGD" in other.cells]
+    return row.cells.get("SGD") or (cells[0] if len(cells) == 1 else None)
+
+
+def loss_texts(row, ours, paper, words):
+    """{method: text} for {method: list of PhaseLoss}, of which `words` makes median and range."""
+    winners = best({method: ends_of(losses) for method, losses in ours.items()}, ".3g")
+    texts = dict.fromkeys(NAMES, "")
+    for method, losses in ours.items():
+        middle, spread = words(losses, "#.3g") if losses else (unfinished_text(row.cells[method]), "")
+        theirs = f"; paper {words(paper[method], '.2g')[0]}" if method in paper else ""
+        texts[method] = bold(middle, words is end_words and method in winners) + spread + theirs
+    return texts
+
+
+def end_words(losses, form):
+    return middle_and_spread(ends_of(losses), form)
+
+
+def rise_words(losses, form):
+    middle, spread = middle_and_spread([loss.rise for loss in losses], "+z.0f", "%")
+    return f"{median(loss.lowest for loss in losses):{form}}, {middle}", spread
+
+
+def fall_words(losses, _form):
+    return middle_and_spread([loss.fall for loss in losses], "+z.0f", "%")
+
+
+def ends_of(losses):
+    return [loss.end for loss in losses]
+
+
+def middle_and_spread(values, form, unit=""):
+    """The median and, of several values, the range."""
+    spread = f" ({min(values):{form}} to {max(values):{form}}{unit})" if len(values) > 1 else ""
+    return f"{median(values):{form}}{unit}", spread
+
+
+def ratio_texts(ours, paper, of_sgd):
+    """Of each other method's loss at the end to SGD's, which are `of_sgd`."""
+
+    def ratio(losses, sgd):
+        if not losses or not sgd or not median(ends_of(sgd)):
+            return None
+        return median(ends_of(losses)) / median(ends_of(sgd))
+
+    texts = {}
+    for method in NAMES[1:]:
+        theirs = ratio(paper.get(method), paper.get("SGD")) if method in ours else None
+        texts[f"{method} / SGD"] = beside(text(ratio(ours.get(method), of_sgd), ".2f"), theirs, ".2f")
+    return texts
 
 
 # The whole output
@@ -597,18 +663,18 @@ def report(sections, left_out, figures_from=None):
     lines = []
     for section in sections:
         what = ", choice of hyperparameters" if section.held_out else ""
-        lines += [f"### {data_label(section.any_run)}{what}", "", describe(section), ""]
+        lines += [f"### {markdown(data_label(section.any_run))}{what}", "", markdown(describe(section)), ""]
         if not section.held_out and not is_small(section):
             lines += [*overview(section), ""]
-        lines += [*cell_table(section), ""]
-        for row in section.rows:
-            if row.figure and figures_from:
-                where = quote(Path(os.path.relpath(row.figure, figures_from)).as_posix())
-                lines += [f"![{row.title}]({where})", ""]
+        lines += [*cell_table(section), "", *loss_tables(section)]
+        for drawn in (section, *section.rows):
+            if drawn.figure and figures_from:
+                where = quote(os.fsencode(Path(os.path.relpath(drawn.figure, figures_from)).as_posix()))
+                lines += [f"![{markdown(drawn.title)}]({where})", ""]
     unfinished = [run for section in sections for run in section.runs if not run.finished]
     reasons = [f"{run.path}: unfinished, {run.progress}" for run in unfinished] + left_out
     if reasons:
-        lines += ["Not counted:", "", *(f"- {reason}" for reason in reasons), ""]
+        lines += ["Not counted:", "", *(f"- {markdown(reason)}" for reason in reasons), ""]
     return "\n".join([*lines, FOOTNOTES])
 
 
@@ -665,7 +731,7 @@ def write_csv(path, sections):
         for row in section.rows:
             records += [summary(row, cell, section) for cell in row.cells.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         for record in records:
@@ -674,17 +740,16 @@ def write_csv(path, sections):
 
 
 def draw(sections, target, x):
-    """A figure for each row with results, and one of the paper's curves if `target` is a folder."""
+    """A figure for each row with results; in a folder also of the losses in each section, and the paper's."""
     import figures  # here, because matplotlib takes a second to import and tables need none
 
-    rows = []
-    for section in sections:
-        if not section.held_out:
-            rows += [row for row in section.rows if any(run.epochs for run in row.runs)]
-    figures.draw_rows(rows, target, x)
+    results, names = [section for section in sections if not section.held_out], {"paper-curves.png"}
+    rows = [row for section in results for row in section.rows if any(run.epochs for run in row.runs)]
+    figures.draw_rows(rows, target, x, names)
     if not figures.is_file(target):
+        figures.draw_sections([each for each in results if each.has_reached_a_drop], target, x, names)
         drops = {LABELS.get(dataset, dataset): paper.epoch_step for dataset, paper in PAPER.items()}
-        figures.draw_paper(target / "paper-curves.png", drops)
+        figures.draw_paper(target / "paper-curves.png", read_paper_curves(), drops)
 
 
 # The program
@@ -711,8 +776,10 @@ def main(arguments=None):
     runs, left_out = read_runs(options.directories)
     if not runs:
         places = ", ".join(map(str, options.directories))
-        advice = f"left out {'; '.join(left_out)}." if left_out else "train one first."
+        advice = f"left out {one_line('; '.join(left_out))}." if left_out else "train one first."
         sys.exit(f"No usable run (a directory with config.json and log.txt) below {places}: {advice}")
+    for sentence in left_out:
+        print(f"summarize.py: left out {one_line(sentence)}", file=sys.stderr)
     sections = make_sections(runs, left_out)
     try:
         if options.plots:
@@ -727,10 +794,12 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if options.plots:
-        print("\nFigures:", *(row.figure for section in sections for row in section.rows if row.figure))
+        drawn = [drawn.figure for section in sections for drawn in (*section.rows, section) if drawn.figure]
+        print("\nFigures:", *(one_line(str(path)) for path in drawn))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal cannot show
     try:
         main()
     except BrokenPipeError:  # whoever read the output has left, as `head` does

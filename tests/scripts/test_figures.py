@@ -6,6 +6,7 @@ from pathlib import Path
 import figures
 import pytest
 import summarize
+from runs import Run
 
 NAMES = ("SGD", "SGD-G", "Adam-G")
 DROPS = {"CIFAR-10": [60, 120, 160], "CIFAR-100": [60, 120, 160], "SVHN": [60, 120]}
@@ -21,7 +22,7 @@ def make_run(method, error, written=5, dataset="folder", name=None, images=None,
     times = {"train_time": 2.0, "test_time": 1.0}
     losses = [1 + epochs - epoch for epoch in range(1, written + 1)]
     records = [{"train_loss": loss, "test_acc": 100 - error - 2 * (loss - 1)} | times for loss in losses]
-    return summarize.Run(Path(), "", {"options": options, "data": data, "model": model}, records)
+    return Run(Path(), "", {"options": options, "data": data, "model": model}, records)
 
 
 def make_row(*runs):
@@ -114,7 +115,7 @@ def test_a_single_epoch_is_a_dot_and_drops_stand_where_they_were_reached(panels)
 def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
     row = make_row(*[make_run(m, 4.0, dataset=dataset, model=model, epochs=30) for m in ("SGD", "AdamG")])
     loss, error = panels(figures.draw_row, row, Path(), "epoch")
-    paper = figures.read_paper_curves()[row.paper_data, model.upper()]
+    paper = row.paper_curves
     assert dashed(loss).keys() == {"SGD", "Adam-G"}  # those of the methods that ran, for as many epochs
     for method, line in dashed(loss).items():
         points = list(zip(*line.get_data(), strict=True))
@@ -145,14 +146,56 @@ def test_the_papers_curves_stand_behind_nothing_else(panels, other):
     assert not any("paper" in label for label in labels(loss))
 
 
+def test_the_losses_of_a_section_are_a_panel_for_each_row(panels):
+    """On the same axes: two networks with two methods, one of them the paper's, and a run that goes on."""
+    named = {"dataset": "CIFAR10", "epochs": 30, "written": 30}
+    rows = [
+        make_row(*[make_run(m, 4.0, model="wrn-28-10", **named) for m in ("SGD", "SGD", "AdamG")]),
+        make_row(*[make_run(m, 4.0, **named) for m in ("SGD", "SGDG")]),
+        make_row(make_run("SGDG", 4.0, **named | {"written": 3})),
+        make_row(make_run("SGD", 4.0, **named | {"written": 0})),  # nothing to draw yet
+    ]
+    rows[1].experiment = "$\\frac"  # a formula, and a broken one, if it were read as such
+    section = summarize.Section(rows)
+    *drawn, empty = panels(figures.draw_losses, section, Path(), "epoch")
+    titles = ["WRN-28-10", r"WRN-10-1 ($\frac)", "WRN-10-1"]
+    assert [panel.get_title() for panel in drawn] == titles
+    assert not any(panel.title.get_parse_math() for panel in drawn)
+    assert len({panel.get_ylim() for panel in drawn}) == 1
+    assert [drops(panel) for panel in drawn] == [{2, 3}] * 3
+    assert [dashed(panel).keys() for panel in drawn] == [{"SGD", "Adam-G"}, set(), set()]
+    legends = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in drawn]
+    assert legends[0] == [
+        "SGD (median of 2)", "Adam-G", "the paper's (likely WRN-28-10)", "learning rates drop"
+    ]  # fmt: skip
+    assert legends[2][0] == "SGD-G (unfinished)"
+    assert not empty.get_visible()
+    for panel in drawn:
+        assert panel.get_yscale() == "log"
+
+
+def test_every_figure_has_a_file_of_its_own(monkeypatch):
+    """Also where names end in a number, are longer than a file's may be, or have no letter."""
+    monkeypatch.setattr(figures, "draw_row", lambda row, path, x: None)
+    monkeypatch.setattr(figures, "draw_losses", lambda section, path, x: None)
+    names = ["a", "a-2", "a", "a-3", "a", "a", "A!", "a training loss", "long" * 100, "long" * 100, "…", "…"]
+    rows = [make_row(make_run("SGD", 4.0, name="", model=name)) for name in names]
+    sections, taken = [summarize.Section([make_row(make_run("SGD", 4.0, name="a"))])], set()
+    figures.draw_rows(rows, Path("figures"), "epoch", taken)
+    figures.draw_sections(sections, Path("figures"), "epoch", taken)
+    paths = {drawn.figure for drawn in [*rows, *sections]}
+    assert len(paths) == len(rows) + 1
+    assert all(len(path.name) < 200 and not path.name.startswith(".") for path in paths)
+
+
 def test_the_papers_curves_are_those_that_the_page_quotes():
     """Before each drop, the lowest in bold; and SGD leads before the first drop on CIFAR, nowhere on SVHN."""
-    page = (figures.PAPER_CURVES.parent / "results.md").read_text()
+    page = (summarize.PAPER_CURVES.parent / "results.md").read_text()
     quoted = {
         int(epoch): line.split("|") for epoch, line in re.findall(r"^\| (\d+), .*?\|(.*)\|$", page, re.M)
     }
     assert list(quoted) == [58, 118, 158, 198]
-    for index, ((data, _), methods) in enumerate(figures.read_paper_curves().items()):
+    for index, ((data, _), methods) in enumerate(summarize.read_paper_curves().items()):
         assert tuple(methods) == NAMES
         losses = [dict(points) for points in methods.values()]
         for epoch, numbers in quoted.items():
@@ -166,10 +209,10 @@ def test_the_papers_curves_are_those_that_the_page_quotes():
 
 
 def test_the_papers_curves_alone(panels):
-    drawn = panels(figures.draw_paper, Path(), DROPS)
+    drawn = panels(figures.draw_paper, Path(), summarize.read_paper_curves(), DROPS)
     assert [panel.get_title().split(" (likely ")[0] for panel in drawn] == list(DROPS)
     assert labels(drawn[0]) == [*NAMES, "learning rates drop"]
-    for panel, methods in zip(drawn, figures.read_paper_curves().values(), strict=True):
+    for panel, methods in zip(drawn, summarize.read_paper_curves().values(), strict=True):
         assert panel.get_yscale() == "log"
         assert drops(panel) == set(DROPS[panel.get_title().split(" ")[0]])
         for method in NAMES:

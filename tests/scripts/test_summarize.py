@@ -4,19 +4,23 @@ import contextlib
 import csv
 import io
 import json
+import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import figures
 import pytest
+import runs
 import summarize
 from helpers import ROOT
 
 OPTIONS = {
     "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",
-    "seed": 0, "epochs": 5, "epoch_step": [2, 3], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
+    "seed": 0, "epochs": 5, "epoch_step": [], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
     "weight_decay": 5e-4, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "dropout": 0.3, "device": "cpu",
     "optim_method": "SGD", "lr": 0.1, "lrg": None, "nthread": 1,
 }  # fmt: skip
@@ -37,12 +41,19 @@ def drawn(monkeypatch):
     """The paths of the figures that would have been written, without the time that drawing takes."""
     paths = set()
     monkeypatch.setattr(figures, "draw_row", lambda row, path, x: paths.add(str(path)))
-    monkeypatch.setattr(figures, "draw_paper", lambda path, drops: paths.add(str(path)))
+    monkeypatch.setattr(figures, "draw_losses", lambda section, path, x: paths.add(str(path)))
+    monkeypatch.setattr(figures, "draw_paper", lambda path, curves, drops: paths.add(str(path)))
     return paths
 
 
-def write_run(name, error, method="SGD", *, data=DIGITS, model="wrn-10-1", written=None, **changes):
-    """A run whose test error falls to `error` in the last epoch, with a better epoch just before it."""
+def write_run(
+    name, error, method="SGD", *, data=DIGITS, model="wrn-10-1", written=None, losses=None, **changes
+):
+    """A run whose test error falls to `error` in the last epoch, with a better epoch just before it.
+
+    losses: of all its epochs; they fall to a hundredth of the error if not given.
+    """
+    changes |= {"epochs": len(losses)} if losses else {}
     options = OPTIONS | {"optim_method": method} | RATES[method] | changes
     path = Path(name)
     path.mkdir(parents=True)
@@ -52,7 +63,8 @@ def write_run(name, error, method="SGD", *, data=DIGITS, model="wrn-10-1", writt
         for epoch in range(1, (options["epochs"] if written is None else written) + 1):
             left = options["epochs"] - epoch
             now = error + (10 * left / options["epochs"] if left != 1 else -0.5)
-            record = {"epoch": epoch, "train_loss": error / 100 + left, "test_acc": 100 - now}
+            loss = losses[epoch - 1] if losses else error / 100 + left
+            record = {"epoch": epoch, "train_loss": loss, "test_acc": 100 - now}
             record |= {"train_time": 2.0, "test_time": 1.0, "images_per_sec": 600.0 + 100 * error + left}
             log.write(f"json_stats: {json.dumps(options | record)}\n")
     return path
@@ -79,7 +91,15 @@ def cells(*directories):
 
 
 def columns(line):
-    return [column.strip() for column in line.strip("|").split("|")]
+    """The cells of a line of a Markdown table."""
+    return [column.strip() for column in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def table_after(text, note):
+    """The table below the paragraph that begins with `note`, a dict for each line; None if there is none."""
+    found = re.search(rf"^{note}.*?\n\n(\|.*?\n)\n", text, re.S | re.M)
+    heads, _, *lines = map(columns, found[1].splitlines()) if found else ([], [])
+    return [dict(zip(heads, line, strict=True)) for line in lines] if found else None
 
 
 def test_a_cell_is_the_median_of_its_seeds_last_epochs():
@@ -349,32 +369,6 @@ def test_the_published_tables_are_those_of_the_published_logs(tmp_path, monkeypa
     assert names == set(re.findall(r"\(figures/(.*?)\)", text))
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "reason"),
-    [
-        ("config.json", "5", ""),
-        ("config.json", '{"options": {', ""),
-        ("config.json", '{"options": {}}', "it has no data, model, device"),
-        ("config.json", '{"options": [], "data": {}, "model": "m", "device": "CPU"}', ""),
-        ("config.json", '{"options": null, "data": null, "model": "m", "device": "CPU"}', ""),
-        ("config.json", None, "No such file"),
-        ("log.txt", "json_stats: 5\n", ""),
-        ("log.txt", "json_stats: {}\n", "it has no epoch, train_loss"),
-        ("log.txt", 'json_stats: {"test_acc": null, "train_loss": 1, "epoch": 1, "images_per_sec": 1, '
-         '"train_time": 1, "test_time": 1}\n', "not all of its figures are numbers"),
-    ],
-)  # fmt: skip
-def test_whatever_is_in_a_file_the_others_are_shown(file, content, reason):
-    write_run("runs/good", 4.0)
-    odd = write_run("runs/odd", 5.0) / file
-    odd.unlink() if content is None else odd.write_text(content)
-    text = show("runs")
-    assert "4.00" in text
-    (line,) = [line for line in text.splitlines() if "runs/odd" in line]
-    assert line.startswith("- runs/odd: its config.json or log.txt cannot be used (")
-    assert reason in line
-
-
 def test_tf32_is_another_precision_and_versions_are_named():
     """As most GPUs compute float32 convolutions."""
     write_run("runs/a", 4.0)  # an older run, on a CPU
@@ -436,3 +430,315 @@ def test_nothing_to_read_is_one_sentence(capsys):
     with pytest.raises(SystemExit, match="2"):
         show("nowhere")
     assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+# The paper's claims: the training loss from drop to drop
+
+FALLING = [8.0, 4.0, 2.0, 1.0, 1.5, 0.8, 0.4, 0.2, 0.3, 0.6, 0.5, 0.55]  # drops after 5 and 8 of 12 epochs
+DROPS = {"epoch_step": [5, 8, 12, 15]}  # the rates of the last two are of no epoch
+
+
+def test_the_loss_at_the_end_of_a_phase_is_the_median_of_its_last_three_epochs():
+    """And of the runs' medians, their range and ratio to SGD's. The lowest in bold, as everywhere."""
+    for seed, factor in enumerate((1, 10, 2)):
+        write_run(f"runs/SGD{seed}", 4.0, losses=[factor * loss for loss in FALLING], seed=seed, **DROPS)
+    for seed in (0, 1):
+        halves = [loss / 2 for loss in FALLING]
+        write_run(f"runs/SGDG{seed}", 4.0, "SGDG", losses=halves, seed=seed, **DROPS)
+    write_run("runs/AdamG", 4.0, "AdamG", losses=FALLING, **DROPS)
+    (first, second, third) = table_after(show("runs"), "Training loss at the end")
+    assert [line["Epochs"] for line in (first, second, third)] == ["1 to 5", "6 to 8", "9 to 12"]
+    assert [line["SGD"] for line in (first, second)] == ["3.00 (1.50 to 15.0)", "0.800 (0.400 to 4.00)"]
+    assert [line["SGD-G"] for line in (first, second)] == [
+        "**0.750** (0.750 to 0.750)",
+        "**0.200** (0.200 to 0.200)",
+    ]
+    assert third["Adam-G"] == "0.550"
+    assert [third[f"{method} / SGD"] for method in ("SGD-G", "Adam-G")] == ["0.25", "0.50"]
+
+
+def test_the_plateau_is_the_rise_from_the_lowest_and_the_fall_from_half_to_half():
+    """Of the medians: 4, 2, 1.5; 0.3, 0.5, 0.55 in the phases that have more than one of them."""
+    flat = [1.0] * 5 + FALLING[5:8] + [0.2, 0.2, 0.2, 0.3]
+    write_run("runs/SGD", 4.0, losses=[*FALLING[:8], 0.2, 0.3, 0.6, 0.4], **DROPS)
+    write_run("runs/SGDG0", 4.0, "SGDG", losses=flat, **DROPS)
+    write_run("runs/SGDG1", 4.0, "SGDG", losses=[*FALLING[:8], 0.3, 0.3, 0.6, 0.8], seed=1, **DROPS)
+    text = show("runs")
+    rises, falls = table_after(text, "The lowest training loss"), table_after(text, "The plateau")
+    assert [line["Epochs"] for line in rises] == [line["Epochs"] for line in falls] == ["1 to 5", "9 to 12"]
+    assert [line["SGD"] for line in rises] == ["1.50, +0%", "0.300, +33%"]
+    assert [line["SGD"] for line in falls] == ["-25%", "+33%"]
+    assert rises[1]["SGD-G"] == "0.250, +50% (+0 to +100%)"
+    assert falls[0]["SGD-G"] == "-12% (-25 to +0%)"
+
+
+def test_a_run_that_has_not_finished_has_no_phases():
+    """Not even those that it has behind it; nor has one without drops, or a search for hyperparameters."""
+    write_run("runs/SGD0", 4.0, losses=FALLING, **DROPS)
+    write_run("runs/SGD1", 4.0, losses=[9.0] * 12, written=11, seed=1, **DROPS)
+    write_run("runs/SGDG", 4.0, "SGDG", losses=FALLING, written=11, **DROPS)
+    (line, _, _) = table_after(show("runs"), "Training loss at the end")
+    assert (line["SGD"], line["SGD-G"]) == ("1.50", "unfinished (11 of 12 epochs)")
+    write_run("constant/SGD", 4.0, losses=FALLING, epoch_step=[12])
+    write_run("search/SGD", 4.0, losses=FALLING, holdout=10, **DROPS)
+    assert "Training loss at the end" not in show("constant", "search", "runs/SGDG")
+
+
+def test_the_ratio_is_to_the_only_sgd_of_network_and_experiment():
+    """Two choices of layers are two rows, and SGD has no such choice."""
+    write_run("runs/SGD", 4.0, losses=FALLING, **DROPS)
+    for select, factor in (("measured", 2), ("shape", 4)):
+        losses = [factor * loss for loss in FALLING]
+        write_run(f"runs/{select}", 4.0, "SGDG", losses=losses, select=select, **DROPS)
+    ratios = [line["SGD-G / SGD"] for line in table_after(show("runs"), "Training loss at the end")]
+    assert ratios == ["2.00"] * 3 + ["4.00"] * 3
+    write_run("runs/SGD-2", 4.0, losses=FALLING, lr=0.2, **DROPS)
+    write_run("runs/third", 4.0, "SGDG", losses=FALLING, omega=0.0, **DROPS)  # beside neither
+    ratios = [line.get("SGD-G / SGD") for line in table_after(show("runs"), "Training loss at the end")]
+    assert sorted(ratios)[:3] == [""] * 3
+
+
+def test_a_loss_of_zero_is_no_division_by_zero():
+    for method in RATES:
+        write_run(f"runs/{method}", 4.0, method, losses=[0.0] * 12, **DROPS)
+    (line, *_) = table_after(show("runs"), "Training loss at the end")
+    assert (line["SGD-G"], line.get("SGD-G / SGD", "")) == ("0.00", "")
+
+
+def test_the_papers_losses_stand_beside_those_of_its_network_data_and_schedule():
+    """Of the last three points before the first drop: SGD 0.3, 0.3 and 0.29, SGD-G about 0.31."""
+    named = {"data": CIFAR10, "model": "wrn-28-10", "losses": [1.0] * 200} | PAPER_RUN
+    for method in RATES:
+        write_run(f"full/{method}", 4.0, method, **named)
+    write_run("going-on/SGDG", 4.0, "SGDG", **named, written=100)
+    write_run("going-on/SGD", 4.0, **named)
+    line = table_after(show("going-on"), "Training loss at the end")[0]
+    assert (line["SGD-G"], line["SGD-G / SGD"]) == (
+        "unfinished (100 of 200 epochs); paper 0.31",
+        "paper 1.03",
+    )
+    text = show("full")
+    first, second, *_ = table_after(text, "Training loss at the end")
+    assert (first["SGD"], first["SGD-G"]) == ("1.00; paper 0.3", "1.00; paper 0.31")
+    assert first["SGD-G / SGD"] == "1.00; paper 1.03"
+    assert float(second["SGD-G / SGD"].split()[-1]) < 0.2
+    plateau = table_after(text, "The plateau")[1]  # what the poster claims, in a number
+    assert [int(plateau[m].split()[-1].strip("%")) for m in ("SGD", "SGD-G", "Adam-G")] == [-4, -38, -26]
+    for name, other in {
+        "network": {"model": "wrn-40-10"},
+        "data": {"data": CIFAR10 | {"train_images": 500}},
+        "schedule": {"epoch_step": [50, 120, 160]},
+    }.items():
+        write_run(name, 4.0, **named | other)
+        assert table_after(show(name), "Training loss at the end")[0]["SGD"] == "1.00"
+
+
+# Runs that cannot be used
+
+FILES = [  # of config.json or log.txt, by what is in it; None: there is no such file
+    ("config.json", None, "config.json cannot be read (No such file or directory)"),
+    ("config.json", "", "config.json is not JSON"),
+    ("config.json", b"\xff\xfe", "config.json is not JSON ('utf-8' codec can't decode"),
+    ("config.json", "[" * 100_000, "config.json is not JSON"),
+    ("config.json", "9" * 10_000, "config.json is not JSON"),
+    ("config.json", "5", "config.json is 5, not a JSON object"),
+    ("config.json", '{"options": {}}', "config.json has no data, model, device"),
+    ("config.json", '{"options": null, "data": {}, "model": "m", "device": "CPU"}', "options is None, not a"),
+    ("log.txt", b"json_stats: \xff\n", "line 1 of log.txt is not JSON"),
+    ("log.txt", "by hand\n", "line 1 of log.txt does not begin with json_stats"),
+    ("log.txt", "json_stats: 5\n", "line 1 of log.txt is 5, not a JSON object"),
+    ("log.txt", "json_stats: {}\n", "line 1 of log.txt has no epoch, train_loss, test_acc, train_time"),
+]
+VALUES = [  # (object, key, value): reason. `record` is the fifth epoch's line.
+    ("config", "device", 5, "device is 5, not a text"),
+    ("config", "model", "", "model is '', not a text"),
+    ("config", "processes", 0, "processes is 0, not a whole number from 1"),
+    ("config", "torch", [], "torch is [], not a text"),
+    ("data", "train_images", -5, "data: train_images is -5"),
+    ("data", "sha256", None, "data: sha256 is None"),
+    ("options", "optim_method", "Adam", "is 'Adam', not one of SGD, SGDG, AdamG"),
+    ("options", "epoch_step", [3, 2], "is [3, 2], not a list of rising epochs"),
+    ("options", "epoch_step", "[3]", "not a list of rising epochs"),
+    ("options", "epochs", 5.0, "is 5.0, not a whole number"),
+    ("options", "epochs", True, "is True, not a whole number"),
+    ("options", "epochs", 4, "log.txt has 5 epochs, and config.json 4"),
+    ("options", "lr", 10**400, "lr is 1000"),
+    ("options", "lr", 0.2, "log.txt is of another run than config.json: lr differs"),
+    ("options", "lr_decay_ratio", float("nan"), "lr_decay_ratio is nan, not a number"),
+    ("options", "dropout", [[0.3]], "dropout is [[0.3]], not a single value"),
+    ("options", "seed", 3, "log.txt is of another run than config.json: seed differs"),
+    ("record", "train_loss", float("nan"), "line 5 of log.txt: train_loss is nan, not a number"),
+    ("record", "train_loss", float("inf"), "train_loss is inf, not a number"),
+    ("record", "train_loss", 1e308, "train_loss is 1e+308, not a number"),
+    ("record", "train_loss", "0.5", "train_loss is '0.5', not a number"),
+    ("record", "test_acc", 101, "test_acc is 101, not a number from 0 to 100"),
+    ("record", "test_time", {}, "test_time is {}, not a number"),
+    ("record", "epoch", 4, "log.txt has epoch 4 twice"),
+    ("record", "epoch", 6, "log.txt has later epochs, but not epoch 5"),
+]
+
+
+@pytest.fixture
+def expect_left_out(capsys):
+    """expect_left_out(reason): `runs/odd` is named with it, once on standard error; the others are shown."""
+    write_run("runs/good", 4.0)
+    expected = show("runs")
+    capsys.readouterr()
+
+    def expect(reason):
+        text = show("runs")
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("summarize.py: left out runs/odd: cannot be used, ")
+        assert reason in said
+        *others, left_out = [line for line in text.splitlines() if line.startswith("- ")]
+        assert (others, left_out.startswith("- runs/odd: ")) == ([], True)
+        assert text.split("Not counted")[0] == expected.split("The test error is")[0]
+
+    return expect
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), FILES)
+def test_a_file_that_cannot_be_used_is_named(expect_left_out, file, content, reason):
+    odd = write_run("runs/odd", 5.0) / file
+    odd.unlink()
+    if content is not None:
+        odd.write_bytes(content if isinstance(content, bytes) else content.encode())
+    expect_left_out(reason)
+
+
+@pytest.mark.parametrize(("where", "key", "value", "reason"), VALUES)
+def test_a_value_that_cannot_be_used_is_named(expect_left_out, where, key, value, reason):
+    path = write_run("runs/odd", 5.0)
+    if where == "record":
+        *lines, last = (path / "log.txt").read_text().splitlines(keepends=True)
+        record = json.loads(last.removeprefix("json_stats:")) | {key: value}
+        (path / "log.txt").write_text("".join(lines) + f"json_stats: {json.dumps(record)}\n")
+    else:
+        config = json.loads((path / "config.json").read_text())
+        (config if where == "config" else config[where])[key] = value
+        (path / "config.json").write_text(json.dumps(config))
+    expect_left_out(reason)
+
+
+@pytest.mark.parametrize("files", [["config.json"], ["log.txt"], ["config.json", "log.txt"]])
+@pytest.mark.parametrize("kind", ["directory", "pipe", "broken link"])
+def test_what_is_no_file_is_named(expect_left_out, files, kind):
+    path = write_run("runs/odd", 5.0)
+    for file in files:
+        (path / file).unlink()
+        if kind == "directory":
+            (path / file).mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path / file)
+        else:
+            (path / file).symlink_to("nowhere")
+    expect_left_out(f"{files[0]} cannot be read" if kind == "broken link" else f"{files[0]} is not a file")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch, capsys):
+    write_run("runs/good", 4.0)
+    write_run("runs/odd", 5.0)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("odd"):  # as without permission, which root always has
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "4.00" in show("runs")
+    assert "left out runs/odd: cannot be looked into (Permission denied)" in capsys.readouterr().err
+
+
+PUBLISHED = ROOT / "logs/published/own-rates/cifar10-jpeg/wrn-10-1/SGDG/seed0"
+INF = float("inf")
+ODD = [
+    None, True, False, 0, -1, 1, 7, 0.5, -0.0, 1e-300, 1e39, 1e308, INF, -INF, INF - INF, 10**39, -(10**400),
+    "", "0.1", "|", "\n", "<b>", "\ud800", "Adam", "9" * 2000,
+    [], {}, [[]], [3, 1], [1, 2, 30], {"": [None]}, [0.5, "a"] * 9,
+]  # fmt: skip
+
+
+def change_json(value, rng):
+    """A value anywhere in it is replaced, taken out or added."""
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if isinstance(value[key], (dict, list)) and value[key] and rng.random() < 0.8:
+        return change_json(value[key], rng)
+    action = rng.choice(["replace", "replace", "replace", "remove", "add"])
+    if action == "remove":
+        del value[key]
+    elif action == "add" and isinstance(value, dict):
+        value[rng.choice(["", "|", "of the future", "\ud800"])] = rng.choice(ODD)
+    else:
+        value[key] = rng.choice(ODD)
+
+
+def change_file(path, rng):
+    """Damages config.json or log.txt: the values in it, its lines or its bytes."""
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    kind = rng.choice(["values", "values", "lines", "bytes"])
+    if kind == "values":
+        start = b"json_stats:" if path.name == "log.txt" else b""
+        values = [json.loads(line.removeprefix(start)) for line in (lines if start else [content])]
+        change_json(values, rng)
+        content = b"".join(start + json.dumps(value).encode() + b"\n" for value in values)
+    elif kind == "lines":  # in another order, some of them, some twice
+        picked = rng.choices(lines, k=rng.randint(0, len(lines) + 2))
+        content = b"".join(rng.choice([picked, rng.sample(lines, len(lines)), lines[: len(picked)]]))
+    else:
+        start, stop = sorted(rng.choices(range(len(content) + 1), k=2))
+        piece = rng.choice([b"", content[start:stop] * 2, rng.randbytes(3)])
+        content = content[:start] + piece + content[rng.choice([start + 1, stop]) :]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(200), pytest.param(range(200, 10_000), marks=pytest.mark.long)], ids=len
+)
+def test_any_damage_leaves_the_good_runs_table(seeds):
+    """The good run is shown, the other one shown or named; every figure is a number, every table whole."""
+    write_run("runs/good", 4.0)
+    for seed in seeds:
+        rng = random.Random(seed)
+        shutil.copytree(PUBLISHED, "runs/odd")
+        for name in rng.choice([["config.json"], ["log.txt"], ["config.json", "log.txt"]]):
+            change_file(Path("runs/odd", name), rng)
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            found = cells("runs", "--markdown", "page.md")
+        check_the_good_run_is_shown(found, Path("page.md").read_text(), error.getvalue().splitlines())
+        shutil.rmtree("runs/odd")
+        Path("page.md").unlink()
+
+
+def check_the_good_run_is_shown(found, page, said):
+    assert "4.00" in page
+    assert len(found) + len(said) == 2
+    assert all(line.startswith("summarize.py: left out runs/odd: cannot be used, ") for line in said)
+    assert not said or "- runs/odd: cannot be used, " in page
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
+        assert len({len(columns(line)) for line in table.splitlines()}) == 1
+    for cell in found:
+        figures = [cell[name] for name in ("test_error", "min", "max", "train_loss", "images_per_sec")]
+        assert all(0 <= float(figure or 0) <= runs.LARGEST for figure in figures)  # NaN is not
+
+
+NASTY = "a|b\n<img src=x> \"q\" 'p' `c` *d* _e_ [f](g) $\\frac{ \\ & ~~h~~ \udcff"
+
+
+def test_names_break_neither_markdown_nor_csv(drawn):
+    data = DIGITS | {"name": NASTY + summarize.END}
+    for experiment, option in ((NASTY, NASTY), ("other", "|")):
+        options = {"an_option": option, "losses": FALLING} | DROPS
+        write_run(f"runs/{experiment}/a", 4.0, data=data, model=f"WRN {NASTY}", **options)
+    (write_run(f"runs/{NASTY}/odd", 5.0) / "config.json").unlink()
+    found = cells("runs", "--markdown", "page.md", "--plots", "figures")
+    assert {cell["network"] for cell in found} == {f"WRN {NASTY}".replace("\udcff", r"\udcff")}
+    _, page = Path("page.md").read_text().split("### ")
+    plain = re.sub(r"\\[^a-z\s]", "", page)  # without what is escaped
+    assert not re.search(r"[<>`~$]|(?<!\w)_|\nimg", plain)
+    for table in re.findall(r"(?:^\|.*\n)+", plain, re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    links = re.findall(r"\]\((.*?)\)", plain)
+    assert len(links) == 3
+    assert set(links) < drawn
