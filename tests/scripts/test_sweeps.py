@@ -5,6 +5,7 @@ a line to log.txt for each epoch, as the real one does. One test runs the real o
 CIFAR-10. Nothing here has a deadline: what never comes is ended by pytest's time-out.
 """
 
+import fcntl
 import os
 import pty
 import re
@@ -222,6 +223,18 @@ def test_help_says_what_a_script_does_and_does_nothing(script, tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
         assert f"bash scripts/{script}" in done.stdout
         assert "set -euo" not in done.stdout
+    assert kept.exists()
+
+
+def test_a_second_quick_start_leaves_the_first_alone(tree):
+    kept = tree / "logs/quickstart/SGD/log.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    with (tree / "logs/quickstart/lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = run(["bash", tree / "scripts/quickstart.sh"], tree)
+    assert done.returncode == 1
+    assert re.fullmatch(r"setting up\nquickstart\.sh: error: another quick start [^\n]+\n", done.stderr)
     assert kept.exists()
 
 
