@@ -33,9 +33,22 @@ from utils import UserError
 
 SIZE = 32  # pixels: height and width of every picture
 DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
-EXTENSIONS = tuple(".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
-# What libjpeg, libpng and libtiff say about a picture that is damaged, though it is decoded all the same.
-DAMAGE = re.compile(r".*(Corrupt JPEG|Premature|CRC error|checksum mismatch|TIFF_Error|Fax\dDecode).*", re.I)
+EXTENSIONS = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+# What is said of a picture that is damaged, by the libraries that decode it all the same.
+DAMAGE = re.compile(r".*(\[ERROR:|Corrupt JPEG|Premature|CRC error|checksum mismatch|Fax\dDecode).*")
 # Per channel (R, G, B) on 0..255: mean, std. The constants of the authors' PyTorch script.
 CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -370,7 +383,8 @@ def _decode_all(paths: list[Path]) -> np.ndarray:
     if DAMAGE.search(_said(fill_all)):
         for path in paths:  # which one is it?
             if damage := DAMAGE.search(_said(lambda path=path: _read_picture(path))):
-                raise UserError(f"{path} is damaged ({damage[0].strip()}): mend or remove it")
+                what = damage[0].rpartition("] global ")[2].strip()  # without level and time
+                raise UserError(f"{path} is damaged ({what}): mend or remove it")
     return images
 
 
@@ -400,9 +414,10 @@ def _read_picture(path: Path) -> np.ndarray:
 
 def _decode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
     """OpenCV's picture (H, W, 3) BGR; UserError where it gives none."""
-    problem = ""
+    content, problem = encoded.data, ""
+    hopeless = not content or (content[1:4] == b"PNG" and _lacks_bytes(content))
     try:
-        image = cv2.imdecode(encoded, flags) if encoded.size else None
+        image = None if hopeless else cv2.imdecode(encoded, flags)
     except cv2.error as error:  # where other broken pictures give None
         image, problem = None, f" ({error.err})"
     if image is None:
@@ -411,6 +426,15 @@ def _decode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
             raise UserError(f"cannot read {path}: OpenCV {cv2.__version__} was built without {kind}")
         raise UserError(f"cannot decode {path} as a picture{problem}: mend or remove it")
     return image
+
+
+def _lacks_bytes(png: memoryview) -> bool:
+    """Whether a chunk is longer than the file: OpenCV would fill memory by its length, up to 4 GB."""
+    place, kind = 8, b""
+    while kind != b"IEND" and place < len(png):
+        kind = png[place + 4 : place + 8]
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return place > len(png)
 
 
 def hold_out(data: DataSet, count: int) -> DataSet:
