@@ -337,7 +337,7 @@ def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_
     """How many pictures of which classes there are, and whether there are other files."""
     totals = " and ".join(f"{sum(numbers)} to {part}" for part, numbers in counts.items())
     of_class = zip(classes, *counts.values(), strict=True)
-    words = ", ".join(f"{name} {' + '.join(map(str, numbers))}" for name, *numbers in of_class)
+    words = ", ".join(f"{name} {'+'.join(map(str, numbers))}" for name, *numbers in of_class)
     text = f"pictures: {totals}, in {len(classes)} classes: {words}"
     print(textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False), flush=True)
     if passed_over:
