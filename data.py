@@ -341,9 +341,8 @@ def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_
     text = f"pictures: {totals}, in {len(classes)} classes: {words}"
     print(textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False), flush=True)
     if passed_over:
-        example = printable(str(passed_over[0]))
-        names = ", ".join(EXTENSIONS)
-        print(f"note: passed over {len(passed_over)} files, such as {example}; read are {names}", flush=True)
+        example, names = printable(str(passed_over[0])), ", ".join(EXTENSIONS)
+        print(f"note: files passed over: {len(passed_over)}, such as {example}; read are {names}", flush=True)
 
 
 def _said(work: Callable[[], None]) -> str:
@@ -402,12 +401,12 @@ def _read_picture(path: Path) -> np.ndarray:
         shrinking = height >= SIZE and width >= SIZE
         interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
         image = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
-    if image.max() <= 16:  # what 12 bits of 16 become, when the upper 8 are kept
+    if image.max() <= 16:  # perhaps 12 bits in 16, of which the upper 8 are kept
         values = _decode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-        if values.dtype != np.uint8 and values.any():
+        if values.dtype != np.uint8 and 0 < values.max() < 4096:
             raise UserError(
-                f"{path} would be black: its values of {8 * values.itemsize} bits end at {values.max()}, as "
-                "those of a 12-bit camera do; scale them to the whole range, or store it with 8 bits"
+                f"{path} would be black: its 16-bit values end at {values.max()}, as a 12-bit camera's do; "
+                "scale them to the whole range, or store it with 8 bits"
             )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -419,7 +418,7 @@ def _decode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
     try:
         image = None if hopeless else cv2.imdecode(encoded, flags)
     except cv2.error as error:  # where other broken pictures give None
-        image, problem = None, f" ({error.err})"
+        image, problem = None, f" ({' '.join(error.err.split())})"
     if image is None:
         kind = path.suffix.lower()
         if not cv2.haveImageWriter(kind):  # OpenCV can be asked only that, but has both or none

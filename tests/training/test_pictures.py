@@ -213,7 +213,7 @@ class TestFolder:
         found, note = capsys.readouterr().out.splitlines()
         assert found == "pictures: 5 to train and 2 to test, in 2 classes: green 2+1, red 3+1"
         assert note.startswith(
-            f"note: passed over 3 files, such as {folder}/train/0.png; read are .avif, .bmp, "
+            f"note: files passed over: 3, such as {folder}/train/0.png; read are .avif, .bmp, "
         )
 
     def test_for_evaluation_the_test_part_is_enough(self, folder, capsys):
@@ -309,11 +309,14 @@ class TestDepth:
     def test_what_would_be_black_is_refused(self, kind, high, tmp_path):
         shallow = noise(32, 32, high=high, dtype=np.uint16)
         with pytest.raises(
-            UserError, match=rf"a{kind} would be black: its values of 16 bits end at {shallow.max()},"
+            UserError, match=rf"a{kind} would be black: its 16-bit values end at {shallow.max()},"
         ):
             read_one(tmp_path / "test" / "a" / f"a{kind}", encoded(kind, np.dstack([shallow] * 3)))
 
-    def test_black_is_black(self, tmp_path):
+    def test_what_is_dark_is_read(self, tmp_path):
+        stars = np.zeros((640, 640), np.uint16)
+        stars[::160, ::160] = 65535
+        assert read_one(tmp_path / "test" / "a" / "a.png", encoded(".png", stars)).max() < 16
         for dtype in (np.uint8, np.uint16):
             assert not read_one(
                 tmp_path / "test" / "a" / "a.png", encoded(".png", np.zeros((32, 32), dtype))
