@@ -201,7 +201,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("not stat.S_ISREG(path.stat().st_mode)", "not path.stat()", "pictures never_opened and device"),
         ("0 < values.max() < 4096", "values.max() > 65535", "pictures would_be_black"),
         ("(str(path.parent), path.name)", "path", "pictures by_torchvision"),
-        ("above |= {os.path.realpath(here)}", "above |= {here}", "pictures by_torchvision"),
         ('evaluation and not (root / "train").exists()', "evaluation", "pictures test_part_is_enough"),
         ("else passed_over).append(path)", "else []).append(path)", "pictures passed_over"),
         ("tuple(map(printable, classes))", "classes", "pictures any_name"),
