@@ -11,19 +11,19 @@ import hashlib
 import http.client
 import os
 import pickle
+import re
 import socket
+import stat
 import tarfile
+import tempfile
+import textwrap
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-
-# Before the import, which reads it: a broken picture is reported once, as a UserError. (The functions that
-# set the level later have different names in different releases of OpenCV.)
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
 import numpy as np
@@ -33,7 +33,22 @@ from utils import UserError
 
 SIZE = 32  # pixels: height and width of every picture
 DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+EXTENSIONS = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+# What is said of a picture that is damaged, by the libraries that decode it all the same.
+DAMAGE = re.compile(r".*(\[ERROR:|Corrupt JPEG|Premature|CRC error|checksum mismatch|Fax\dDecode).*")
 # Per channel (R, G, B) on 0..255: mean, std. The constants of the authors' PyTorch script.
 CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -97,11 +112,13 @@ class DataSet:
         }
 
 
-def load_data(dataset: str, dataroot, dataset_name: str | None = None) -> DataSet:
+def load_data(dataset: str, dataroot, dataset_name: str | None = None, evaluation: bool = False) -> DataSet:
     """Load one of `DATASETS` whole into memory.
 
     `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for
     digits). `dataset_name` is what a folder is called in logs (default "folder"; the others have a name).
+    For `evaluation` a folder needs no `train`: its training part is then empty, and `mean` and `std` are the
+    test part's, which a network that was trained on other pictures was not trained with.
     Raises UserError for data that are missing, broken or cannot be downloaded.
     """
     root = Path(dataroot).expanduser()
@@ -112,7 +129,7 @@ def load_data(dataset: str, dataroot, dataset_name: str | None = None) -> DataSe
     if dataset == "digits":
         return _load_digits()
     if dataset == "folder":
-        return _load_folder(root, dataset_name or "folder")
+        return _load_folder(root, printable(dataset_name or "folder"), evaluation)
     raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
 
 
@@ -228,28 +245,42 @@ def _load_digits() -> DataSet:
     )
 
 
-def _load_folder(root: Path, name: str) -> DataSet:
-    """`root`/{train,test}/<class>/<picture>: classes and pictures sorted by name, hidden ones left out."""
-    classes = _class_names(root / "train")
-    if (found := _class_names(root / "test")) != classes:
-        odd = ", ".join(sorted(set(classes) ^ set(found)))
+def _load_folder(root: Path, name: str, evaluation: bool) -> DataSet:
+    """`root`/{train,test}/<class>/ with pictures at any depth; hidden files and folders are left out."""
+    parts = ("test",) if evaluation and not (root / "train").exists() else ("train", "test")
+    classes = _class_names(root / parts[0])
+    if (others := _class_names(root / "test")) != classes:
+        odd = ", ".join(sorted(set(classes) ^ set(others)))
         raise UserError(
             f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}"
         )
-    parts = {part: _find_pictures(root / part, classes) for part in ("train", "test")}
-    train_images, test_images = (_decode(paths) for paths, _ in parts.values())
-    mean, std = channel_statistics(train_images)
+    shown = tuple(map(printable, classes))
+    passed_over: list[Path] = []
+    found = {part: _find_pictures(root / part, classes, passed_over) for part in parts}
+    counts = {part: list(map(len, groups)) for part, groups in found.items()}
+    _print_found(counts, shown, passed_over)
+    images = {"train": np.empty((0, SIZE, SIZE, 3), np.uint8)}
+    labels = {"train": np.empty(0, np.int64)}
+    for part, groups in found.items():
+        images[part] = _decode_all([path for group in groups for path in group])
+        labels[part] = np.repeat(np.arange(len(classes), dtype=np.int64), counts[part])
+    mean, std = channel_statistics(images[parts[0]])
     return DataSet(
         name=name,
-        train_images=train_images,
-        train_labels=parts["train"][1],
-        test_images=test_images,
-        test_labels=parts["test"][1],
-        classes=classes,
+        train_images=images["train"],
+        train_labels=labels["train"],
+        test_images=images["test"],
+        test_labels=labels["test"],
+        classes=shown,
         mean=mean,
         std=std,
         flip=True,
     )
+
+
+def printable(name: str) -> str:
+    """The name on one line of UTF-8, whatever bytes it has: an escape for each that cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _visible(directory: Path) -> list[Path]:
@@ -272,22 +303,69 @@ def _class_names(directory: Path) -> tuple[str, ...]:
     return names
 
 
-def _find_pictures(directory: Path, classes: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
-    """Paths of all pictures, class by class, and their labels (N,) int64."""
-    paths: list[Path] = []
-    counts = []
+def _files(directory: Path) -> list[Path]:
+    """All visible files at any depth, in the order of torchvision's ImageFolder."""
+    found = []
+    pending = [(directory, frozenset())]  # with the folders above
+    while pending:
+        here, above = pending.pop()
+        above |= {os.path.realpath(here)}
+        for path in _visible(here):
+            if not path.is_dir():
+                found.append(path)
+            elif os.path.realpath(path) not in above:  # a link there would lead round and round
+                pending.append((path, above))
+    return sorted(found, key=lambda path: (str(path.parent), path.name))
+
+
+def _find_pictures(directory: Path, classes: tuple[str, ...], passed_over: list[Path]) -> list[list[Path]]:
+    """The pictures of each class, at any depth; adds files that are none by their name to `passed_over`."""
+    passed_over += [path for path in _visible(directory) if not path.is_dir()]
+    groups = []
     for name in classes:
-        found = [path for path in _visible(directory / name) if path.suffix.lower() in EXTENSIONS]
-        if not found:
+        groups.append([])
+        for path in _files(directory / name):
+            (groups[-1] if path.suffix.lower() in EXTENSIONS else passed_over).append(path)
+        if not groups[-1]:
             raise UserError(
-                f"{directory / name} has no picture: it needs at least one of {', '.join(sorted(EXTENSIONS))}"
+                f"{directory / name} has no picture: it needs at least one of {', '.join(EXTENSIONS)}"
             )
-        paths += found
-        counts.append(len(found))
-    return paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    return groups
 
 
-def _decode(paths: list[Path]) -> np.ndarray:
+def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_over: list[Path]) -> None:
+    """How many pictures of which classes there are, and whether there are other files."""
+    totals = " and ".join(f"{sum(numbers)} to {part}" for part, numbers in counts.items())
+    of_class = zip(classes, *counts.values(), strict=True)
+    words = ", ".join(f"{name} {'+'.join(map(str, numbers))}" for name, *numbers in of_class)
+    text = f"pictures: {totals}, in {len(classes)} classes: {words}"
+    print(textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False), flush=True)
+    if passed_over:
+        example, names = printable(str(passed_over[0])), ", ".join(EXTENSIONS)
+        print(f"note: files passed over: {len(passed_over)}, such as {example}; read are {names}", flush=True)
+
+
+def _said(work: Callable[[], None]) -> str:
+    """Does the work, and returns what the C libraries below OpenCV wrote to standard error meanwhile.
+
+    They report to nobody else that a picture is damaged. Other threads' lines are taken away, too.
+    """
+    with tempfile.TemporaryFile() as file:
+        try:
+            saved = os.dup(2)
+        except OSError:  # closed: what is written there is lost anyhow
+            saved = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(file.fileno(), 2)
+        try:
+            work()
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def _decode_all(paths: list[Path]) -> np.ndarray:
     """All pictures as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
     chunk = 128  # pictures per task, so that handing out tasks costs nothing
@@ -296,30 +374,66 @@ def _decode(paths: list[Path]) -> np.ndarray:
         for index in range(start, min(start + chunk, len(paths))):
             images[index] = _read_picture(paths[index])
 
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(0, len(paths), chunk)):
-            pass  # in order, so the first broken picture is the one that is reported
+    def fill_all() -> None:
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, range(0, len(paths), chunk)):
+                pass  # in order, so the first broken picture is the one that is reported
+
+    if DAMAGE.search(_said(fill_all)):
+        for path in paths:  # which one is it?
+            if damage := DAMAGE.search(_said(lambda path=path: _read_picture(path))):
+                what = damage[0].rpartition("] global ")[2].strip()  # without level and time
+                raise UserError(f"{path} is damaged ({what}): mend or remove it")
     return images
 
 
 def _read_picture(path: Path) -> np.ndarray:
     """One picture as (32, 32, 3) uint8 RGB; another size is resized (its aspect ratio is not kept)."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO is to wait for its writer
+            raise OSError("not a regular file")
         encoded = np.fromfile(path, np.uint8)
     except OSError as error:
         raise UserError(f"cannot read the picture {path} ({_reason(error)}): mend or remove it") from error
-    try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
-    except cv2.error:  # where other broken pictures give None
-        image = None
-    if image is None:
-        raise UserError(f"cannot decode {path} as a picture: mend or remove it")
+    image = _decode(path, encoded, cv2.IMREAD_COLOR)
     height, width = image.shape[:2]
     if (height, width) != (SIZE, SIZE):
         shrinking = height >= SIZE and width >= SIZE
         interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
         image = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
+    if image.max() <= 16:  # perhaps 12 bits in 16, of which the upper 8 are kept
+        values = _decode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+        if values.dtype != np.uint8 and 0 < values.max() < 4096:
+            raise UserError(
+                f"{path} would be black: its 16-bit values end at {values.max()}, as a 12-bit camera's do; "
+                "scale them to the whole range, or store it with 8 bits"
+            )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
+    """OpenCV's picture (H, W, 3) BGR; UserError where it gives none."""
+    content, problem = encoded.data, ""
+    hopeless = not content or (content[1:4] == b"PNG" and _lacks_bytes(content))
+    try:
+        image = None if hopeless else cv2.imdecode(encoded, flags)
+    except cv2.error as error:  # where other broken pictures give None
+        image, problem = None, f" ({' '.join(error.err.split())})"
+    if image is None:
+        kind = path.suffix.lower()
+        if not cv2.haveImageWriter(kind):  # OpenCV can be asked only that, but has both or none
+            raise UserError(f"cannot read {path}: OpenCV {cv2.__version__} was built without {kind}")
+        raise UserError(f"cannot decode {path} as a picture{problem}: mend or remove it")
+    return image
+
+
+def _lacks_bytes(png: memoryview) -> bool:
+    """Whether a chunk is longer than the file: OpenCV would fill memory by its length, up to 4 GB."""
+    place, kind = 8, b""
+    while kind != b"IEND" and place < len(png):
+        kind = png[place + 4 : place + 8]
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return place > len(png)
 
 
 def hold_out(data: DataSet, count: int) -> DataSet:
