@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils import UserError
+from utils import UserError, printable
 
 SIZE = 32  # pixels: height and width of every picture
 DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
@@ -276,11 +276,6 @@ def _load_folder(root: Path, name: str, evaluation: bool) -> DataSet:
         std=std,
         flip=True,
     )
-
-
-def printable(name: str) -> str:
-    """The name on one line of UTF-8, whatever bytes it has: an escape for each that cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _visible(directory: Path) -> list[Path]:

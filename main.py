@@ -229,6 +229,9 @@ class Training:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
             if self.options.eval:
                 return
+            told = self.history[0] if self.history else {}  # each epoch tells its options
+            if any(told.get(name, value) != value for name, value in self.options.fixed().items()):
+                raise ValueError("its options are not those of its epochs")
             if self.batch > len(self.plan()):
                 raise ValueError("its epoch has more steps")
             for _ in range(self.epoch):
@@ -468,7 +471,7 @@ def run(argv: list[str] | None) -> int:
             return 0
         until_the_end.enter_context(utils.repeatable())
         data = distributed.one_before_others(
-            lambda: load_data(options.dataset, options.dataroot, options.dataset_name)
+            lambda: load_data(options.dataset, options.dataroot, options.dataset_name, options.eval)
         )
         t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
         if checkpoint and "options" in checkpoint:
@@ -500,5 +503,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     sys.exit(main())

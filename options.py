@@ -18,7 +18,7 @@ import torch
 
 import distributed
 from checkpoint import load_checkpoint
-from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, read_config
+from utils import CHECKPOINT, CONFIG, LOCK, LOG, UsageError, UserError, printable, read_config
 
 METHODS = ("SGD", "SGDG", "AdamG")
 
@@ -134,6 +134,10 @@ class Options:
         """The options of the run, as config.json, log.txt and checkpoints store them."""
         absent = {*PER_CALL, *(name for name, value in LATER.items() if getattr(self, name) == value)}
         return {name: value for name, value in asdict(self).items() if name not in absent}
+
+    def fixed(self) -> dict:
+        """Those of the run that cannot change on the way."""
+        return {name: value for name, value in self.of_run().items() if name not in MAY_CHANGE}
 
 
 def paper_values(model: str, dataset: str, method: str) -> dict:
@@ -292,10 +296,10 @@ def add_data_flags(group) -> None:
     """The pictures."""
     dataset = "CIFAR and SVHN are downloaded; digits needs no network"
     add_flag(group, "--dataset", choices=list(PROTOCOL_OF), help=dataset)
-    add_flag(
-        group, "--dataroot", help="where data sets are; for folder it holds train/CLASS/*.png and test/..."
-    )
-    add_flag(group, "--dataset_name", default="folder", help="what a folder is called in logs")
+    root = "where data sets are; for folder it holds train/CLASS/... and test/CLASS/..."
+    add_flag(group, "--dataroot", help=root)
+    name = "what a folder is called in logs"
+    add_flag(group, "--dataset_name", type=printable, default="folder", help=name)
     pad = "reflected border before the random crop, in pixels"
     add_flag(group, "--randomcrop_pad", type=number(whole, 0, 32), help=pad)
     holdout = "test on so many training pictures instead, to choose hyperparameters"

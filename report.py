@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
-from options import MAY_CHANGE, Options
-from utils import CONFIG, RunLog, environment
+from options import Options
+from utils import CONFIG, RunLog, environment, printable
 
 # ------------------------------------------------------------------------------------------------ the console
 
@@ -31,7 +31,7 @@ def print_start(
 ) -> None:
     """The options, the device, every parameter with its shape and group, and the totals."""
     words = ", ".join(f"{name} {value}" for name, value in options.of_run().items())
-    print(textwrap.fill(f"options: {words}", 80, subsequent_indent="  "))
+    print(textwrap.fill(printable(f"options: {words}"), 80, subsequent_indent="  "))
     where = environment(device)
     print(f"device: {where['device']}, {where['threads']} threads, torch {where['torch']}")
     if (size := distributed.size()) > 1:
@@ -248,10 +248,9 @@ class Board:
         # No option: of a run that goes on to more epochs TensorBoard would show the first number.
         metrics["hparam/epochs"] = stats["epoch"]
         hparams = {}
-        for name, value in options.of_run().items():
-            if name not in MAY_CHANGE:  # what may change on the way has no part in it
-                plain = "none" if value is None else value
-                hparams[name] = str(plain) if isinstance(plain, list) else plain
+        for name, value in options.fixed().items():
+            plain = "none" if value is None else value
+            hparams[name] = str(plain) if isinstance(plain, list) else plain
         # Not by add_hparams: it writes a second file, which may be read before the first and so be purged.
         for summary in hparams_summaries(hparams, metrics):
             self.writer.file_writer.add_summary(summary, stats["epoch"])

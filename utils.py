@@ -67,11 +67,16 @@ def answer(run: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
 
 
+def printable(words: str) -> str:
+    """The words on one line of UTF-8, whatever bytes they have: an escape for each that cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
 def say(sentence: str, code: int) -> int:
     """Print it as an error of main.py, once of all processes, and give the code back."""
     distributed.first_to_say("failed")  # others that lose the connection need not say so
     if distributed.first_to_say(sentence):
-        print(f"main.py: error: {sentence}", file=sys.stderr)
+        print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
     return code
 
 
@@ -118,6 +123,8 @@ def claim_directory(save: Path, own: bool) -> BinaryIO:
         UserError: it cannot be written, or a living process writes to it.
         UsageError: another run is in it, or a file of another program that a run would overwrite.
     """
+    if str(save) != os.fsencode(save).decode(errors="replace"):
+        raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; choose another --save")
     try:
         save.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -29,6 +29,7 @@ NOT_HERE = {
     "config.json",
     "log.txt",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
     "output.txt",
     "logs/quickstart/curves.png",
     "commands.txt",

@@ -343,7 +343,7 @@ class TestCheckpoint:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
         for dtype, notes in (("bfloat16", 1), ("float32", 0)):
             out = call(*tiny("SGD", tmp_path / dtype, "--dtype", dtype, "--epochs", 1)).out
-            assert out.startswith("note: this CPU has no bfloat16") == (out.count("note:") == 1) == notes
+            assert ("note: this CPU has no bfloat16" in out) == (out.count("note:") == 1) == notes
 
     @pytest.mark.parametrize(
         ("has", "device"),
