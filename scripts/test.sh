@@ -19,6 +19,7 @@ install_requirements requirements-test.txt
 
 "$python" -m ruff check
 "$python" -m ruff format --check
+set -- -n auto --maxprocesses 4 "$@" # a process for each core; a test computes with one thread
 if [ "$all" = yes ]; then
     "$python" -m pytest -m "long or not long" "$@"
     "$python" tests/mutants.py

@@ -54,6 +54,14 @@ def scalars(save: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.fixture
+def no_nohup():
+    """SIGHUP as a terminal leaves it, however the tests were started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class TestStop:
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize(
@@ -134,7 +142,7 @@ class TestStop:
 
     @pytest.mark.parametrize("number", utils.StopRequest.SIGNALS)
     def test_a_signal_finishes_the_step_and_exits_with_128_plus_its_number(
-        self, tiny, finished, tmp_path, monkeypatch, number
+        self, tiny, finished, tmp_path, monkeypatch, number, no_nohup
     ):
         save, true_loss, calls = tmp_path / "run", main.cross_entropy, []
 
@@ -332,7 +340,7 @@ class TestResume:
 
 
 @pytest.mark.parametrize("number", utils.StopRequest.SIGNALS)
-def test_asked_twice_the_process_ends_at_once(number):
+def test_asked_twice_the_process_ends_at_once(number, no_nohup):
     before = signal.getsignal(number)
     with utils.StopRequest(None) as stop:
         assert not stop.asked()
