@@ -21,11 +21,13 @@ may stop before 5, the rules of 2 made fast. This file needs torch alone and can
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
@@ -37,13 +39,9 @@ __all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassm
 
 
 def unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit length and the lengths they had: v / |v|, |v|.
+    """Rows of unit length (..., rows, n) and the lengths they had (..., rows, 1): v / |v|, |v|.
 
-    Args:
-        v: (..., rows, n). The largest element scales each row first, so |v| neither overflows nor underflows.
-
-    Returns:
-        unit rows (..., rows, n) and norms (..., rows, 1). A zero row stays zero, with norm 0.
+    A zero row stays zero. The largest element scales each row first: |v| neither overflows nor underflows.
     """
     largest = v.abs().amax(-1, keepdim=True)
     scaled = v / torch.where(largest > 0, largest, 1)
@@ -67,9 +65,7 @@ def clip_by_norm(h: Tensor, nu: float) -> Tensor:
 def exp_map(y: Tensor, h: Tensor) -> Tensor:
     """Exponential map: exp_y(h) = y cos|h| + (h / |h|) sin|h| (Eq. 7); y itself for h = 0.
 
-    Args:
-        y: (..., rows, n), unit rows. h: the same shape, tangent at y; its length is the angle of the move in
-            radians.
+    y: (..., rows, n), unit rows. h: likewise, tangent at y; its length is the angle of the move in radians.
     """
     u, angle = unit(h)
     return y * angle.cos() + u * angle.sin()
@@ -78,8 +74,7 @@ def exp_map(y: Tensor, h: Tensor) -> Tensor:
 def parallel_translate(delta: Tensor, y: Tensor, h: Tensor) -> Tensor:
     """Carry delta from y to exp_y(h): delta - (u'delta)(y sin|h| + u (1 - cos|h|)), u = h/|h| (Eq. 8).
 
-    Args:
-        delta, y, h: (..., rows, n); delta and h tangent at y. For delta = h: h cos|h| - y |h| sin|h| (Eq. 9).
+    delta, y, h: (..., rows, n); delta and h tangent at y. For delta = h: h cos|h| - y |h| sin|h| (Eq. 9).
     """
     u, angle = unit(h)
     # 1 - cos|h| as 2 sin^2(|h|/2): no cancellation for small angles.
@@ -89,8 +84,7 @@ def parallel_translate(delta: Tensor, y: Tensor, h: Tensor) -> Tensor:
 def orthogonality_gradient(y: Tensor) -> Tensor:
     """Gradient of (1/2) ||Y Y' - I||_F^2 with respect to Y: 2 (Y Y' - I) Y (omega multiplies it).
 
-    Args:
-        y: (..., rows, n), unit rows. Needs rows <= n to have a minimum of 0.
+    y: (..., rows, n), unit rows. Needs rows <= n to have a minimum of 0.
     """
     gram = y @ y.mT
     # Subtracting I before the second product keeps the small off-diagonal part from drowning in Y itself.
@@ -131,8 +125,7 @@ def adamg_update(
     """One step of the paper's Adam-G: the new (y, m, v). Nothing is changed.
 
     Args:
-        y, g, m: (..., rows, n). v: (..., rows, 1), one adaptive scale for each row, so that no direction is
-            bent.
+        y, g, m: (..., rows, n). v: (..., rows, 1), one scale for each row, so that no direction is bent.
         step: 0-dim tensor, the number t of this step, counted from 1.
         lr, grad_clip: as in `sgdg_update`.
     """
@@ -159,6 +152,10 @@ class _GrassmannOptimizer(Optimizer):
     def __init__(self, params, defaults: dict):
         _check_options(defaults, known=list(defaults))
         super().__init__(params, defaults)
+        for group in [] if self._is_on_grassmann() else self.param_groups:
+            for name, default in _FOR_ROWS_ALONE.items():
+                if (value := group.get(name, default)) != default:
+                    raise ValueError(f"{name}={value} means something on G(1, n) only, and {_NO_ROWS}")
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
@@ -168,15 +165,22 @@ class _GrassmannOptimizer(Optimizer):
             group = self.param_groups[-1]
             for p in group["params"] if group["grassmann"] else []:
                 _check_rows(p, group["omega"])
-        except ValueError:
+        except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
 
-    # Opaque to torch.compile, which mishandles results written in place (torch 2.13 and 2.15).
-    @torch.compiler.disable
+    def _is_on_grassmann(self) -> bool:
+        return any(group["grassmann"] for group in self.param_groups)
+
+    # Opaque to torch.compile, which mishandles results written in place (torch 2.13 and 2.15). The public
+    # torch.compiler.disable does the same, but hides the method's type and takes over a second to import.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         """One step of every group; returns the closure's loss. Gradients are read only."""
+        if not self._is_on_grassmann() and not vars(self).get("_has_warned"):
+            self._has_warned = True
+            warnings.warn(f"{type(self).__name__} makes steps of plain SGD: {_NO_ROWS}", stacklevel=5)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -193,10 +197,13 @@ class _GrassmannOptimizer(Optimizer):
         if any(p.grad.is_sparse or p.is_complex() for p in params):
             raise RuntimeError("a parameter on G(1, n) needs a dense, real gradient")
         alike: dict[tuple, list[Tensor]] = {}
+        before = {}  # weights as they are, where the rate is 0: rows that do not turn stay just that
         for p in params:
             if p.numel():
                 alike.setdefault((p.device, p.dtype, _suits_kernel(p)), []).append(p)
                 self._init_state(p, self.state[p])
+                if _is_zero(group["lr"]):
+                    before[p] = _local(p, p).clone()
         names = ("omega", "grad_clip", "maximize", "beta2", "epsilon")
         options = {name: group[name] for name in names if name in group}
         options["decay"] = group["momentum"]
@@ -209,11 +216,19 @@ class _GrassmannOptimizer(Optimizer):
                     _step_by_kernel(some, states, rates, tables=tables, group=id(group), **options)
                 else:
                     _step_in_blocks(some, states, rates, **options)
+        for p, rows in before.items():
+            m = _local(self.state[p]["momentum_buffer"], p)
+            turned = (m != 0).any(list(range(1, m.ndim)), keepdim=True)
+            turned &= "second_moment" not in self.state[p]  # Adam-G's rate multiplies its momentum
+            _local(p, p).copy_(torch.where(turned, _local(p, p), rows))
 
     def _init_state(self, p: Tensor, state: dict) -> None:
-        """Fill in what the state of a weight on G(1, n) lacks."""
+        """Fill in what the state of a weight on G(1, n) lacks; ValueError where it is another weight's."""
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=_arithmetic(p))
+        if (found := state["momentum_buffer"].shape) != p.shape:
+            got = f"a weight of shape {tuple(p.shape)} has a momentum_buffer of shape {tuple(found)}"
+            raise ValueError(f"{got}; cut its optimizer.state[weight] as the weight was, or delete it")
 
     def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         return {"momentum_buffer": tuple(p.shape)}
@@ -293,15 +308,17 @@ class _GrassmannOptimizer(Optimizer):
             if odd := [name for name in ("beta2", "epsilon") if name in group and name not in self.defaults]:
                 raise ValueError(f"{kind}: parameter group {i} has {', '.join(map(repr, odd))}")
             _check_options(group, known=[*self.defaults, "params"])
-        adapted = {**given, "param_groups": groups, "state": dict(given["state"])}
+        # None where there is none: of a ZeroRedundancyOptimizer.
+        states = {i: state for i, state in given["state"].items() if state is not None}
+        adapted = {**given, "param_groups": groups, "state": states}
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             return adapted  # torch refuses it
         for group, own in zip(groups, self.param_groups, strict=True):
             for i, p in zip(group["params"], own["params"], strict=True):
                 if group["grassmann"]:
                     _check_rows(p, group["omega"])
-                if state := adapted["state"].get(i):
-                    adapted["state"][i] = self._adapted_state(state, p, group, f"{kind}: parameter {i}")
+                if state := states.get(i):
+                    states[i] = self._adapted_state(state, p, group, f"{kind}: parameter {i}")
         return adapted
 
     def _adapted_state(self, state: dict, p: Tensor, group: dict, where: str) -> dict:
@@ -319,7 +336,13 @@ class _GrassmannOptimizer(Optimizer):
             found = tuple(value.shape) if isinstance(value, Tensor) else value
             if found != shapes[key] and (value is not None or group["grassmann"]):  # None: an older torch's
                 raise ValueError(f"{where} has {key!r} {found}, where shape {shapes[key]} is needed")
+            if shapes[key] and value is not None and _is_sharded(value) != _is_sharded(p):
+                raise ValueError(f"{where} has {key!r} not sharded like it: use torch.distributed.checkpoint")
         return state
+
+
+_FOR_ROWS_ALONE = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # and the defaults
+_NO_ROWS = "no parameter group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
 
 
 class SGDG(_GrassmannOptimizer):
@@ -340,15 +363,20 @@ class SGDG(_GrassmannOptimizer):
 
     Raises:
         ValueError: an option out of range or misspelt; `grassmann=True` on a parameter without rows of at
-            least two elements, or with more rows than a row has elements while omega > 0.
+            least two elements, or with more rows than a row has elements while omega > 0; omega or grad_clip
+            where nothing is on G(1, n) (without them a first step then warns).
 
-    Rows that are not of unit length are made so by the first step. State there: `momentum_buffer` (tau,
-    shaped as the weight).
+    On G(1, n) the state is `momentum_buffer` (tau, shaped as the weight), and:
+    - The first step that moves a row makes it unit. A zero row stays zero until a gradient comes, and becomes
+      the direction of its first step: pruned rows come back at full length.
+    - lr = 0 does not stop a row that has momentum, since the rate is inside it. What has no gradient is left
+      alone: `weight.requires_grad_(False)` and `zero_grad()` stop a layer.
+    - One NaN in a gradient makes its row NaN, and with omega > 0 by the next step all rows of the weight.
+    - FSDP2's weights work, sharded by rows; omega > 0 gathers each of them in every step.
     """
 
     def __init__(
-        self,
-        params,
+        self, params,
         lr: float | Tensor = 1e-3, momentum: float = 0,
         dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
         grassmann: bool = False,
@@ -362,22 +390,21 @@ class SGDG(_GrassmannOptimizer):
 class AdamG(_GrassmannOptimizer):
     """Adam on the product of G(1, n)s, with one adaptive scale for each row of a weight: the paper's Adam-G.
 
-    Groups, arguments and errors are those of `SGDG`; any group that is not on G(1, n) is plain SGD with
-    momentum. Three arguments mean something of their own in a group on G(1, n):
+    Groups, errors and what is said of rows are as in `SGDG`; any other group is plain SGD with momentum.
 
     Args:
-        momentum: beta1, decay of the first moment, in [0, 1).
-        beta2: decay of the second moment, in [0, 1).
-        epsilon: added to the second moment before the root is taken; positive.
+        params, lr, dampening, weight_decay, nesterov, grassmann, omega, grad_clip, maximize: as in `SGDG`.
+        momentum: on G(1, n) beta1, decay of the first moment, in [0, 1); of other groups SGD's.
+        beta2: decay of the second moment, in [0, 1), and
+        epsilon: added to it before the root is taken; positive. Both on G(1, n) only.
 
     State on G(1, n): `momentum_buffer` (m, shaped as the weight), `second_moment` (v, (rows, 1)), `step`
-    (0-dim). Without clipping, a gradient beyond 1e19 makes a row's second moment infinite in float32: the row
-    then stays put.
+    (0-dim, float32). Here lr = 0 does stop a row. Without clipping, a gradient beyond 1e19 makes a row's
+    second moment infinite in float32: the row then stays put.
     """
 
     def __init__(
-        self,
-        params,
+        self, params,
         lr: float | Tensor = 1e-3, momentum: float = 0,
         dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
         grassmann: bool = False, beta2: float = 0.99, epsilon: float = 1e-8,
@@ -391,8 +418,12 @@ class AdamG(_GrassmannOptimizer):
     def _init_state(self, p: Tensor, state: dict) -> None:
         super()._init_state(p, state)
         if "step" not in state:
-            state["second_moment"] = torch.zeros(p.shape[0], 1, dtype=_arithmetic(p), device=p.device)
-            state["step"] = torch.zeros((), device=p.device)
+            v = torch.zeros(len(_local(p, p)), 1, dtype=_arithmetic(p), device=p.device)
+            state["second_moment"] = _sharded_as(p, v) if _is_sharded(p) else v
+            # Not torch's default type: bfloat16 counts to 256.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        elif state["step"].device != p.device:  # ZeroRedundancyOptimizer loads it to the CPU
+            state["step"] = state["step"].to(p.device)
 
     def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         return {**super()._state_shapes(p), "second_moment": (*p.shape[:1], 1), "step": ()}
@@ -418,7 +449,8 @@ class AdamG(_GrassmannOptimizer):
                 if step < 0 or not math.isclose(power, beta ** (step + 1), rel_tol=1e-6, abs_tol=1e-300):
                     raise ValueError(f"{where} has {name!r} {power}, not {beta} to the number of a step")
             others = {key: value for key, value in state.items() if key not in theirs}
-            state = {"momentum_buffer": m, "second_moment": v, "step": torch.tensor(float(step)), **others}
+            t = torch.tensor(step, dtype=torch.float32)
+            state = {"momentum_buffer": m, "second_moment": v, "step": t, **others}
         return super()._adapted_state(state, p, group, where)
 
 
@@ -426,7 +458,8 @@ def _check_options(group: dict, known: list[str]) -> None:
     for key in group.keys() - set(known):
         if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in known):
             continue  # a name of its own, such as a scheduler's initial_lr or max_momentum
-        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.79):
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.79)
+        if close := close or [name for name in known if len(key) > 2 and name.startswith(key)]:  # eps
             raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Invalid lr value: {group['lr']} (a tensor must be 1-element)")
@@ -452,6 +485,9 @@ def _check_rows(p: Tensor, omega: float) -> None:
     if p.ndim < 2:
         raise ValueError(f"grassmann=True needs parameters with two or more dimensions, got one {which}")
     rows, n = p.shape[0], p.shape[1:].numel()
+    if _is_sharded(p) and not all(part.is_replicate() or part.is_shard(0) for part in p.placements):
+        got = f"got a parameter {which} with the placements {p.placements}"
+        raise ValueError(f"grassmann=True needs whole rows: shard along dimension 0, {got}")
     if n == 1:
         raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter {which}")
     if omega > 0 and rows > n:
@@ -463,35 +499,69 @@ def _check_rows(p: Tensor, omega: float) -> None:
 
 
 def grassmann_weights(
-    model: nn.Module, select: str = "shape", loss_fn: Callable[[nn.Module], Tensor] | None = None
-) -> dict[str, nn.Parameter]:
+    model: nn.Module, select: str | Collection[str] = "shape",
+    loss_fn: Callable[[nn.Module], Tensor] | None = None,
+) -> dict[str, nn.Parameter]:  # fmt: skip
     """Which of a model's trainable weights are on G(1, n), by name, tied ones once. Nothing is changed.
 
     Args:
-        select: "shape", the authors' rule by module type, not by name: weights of Conv1d/2d/3d with
-            fewer rows than elements in a row. Or "measured": all that `scale_invariance(model, loss_fn)`
-            finds invariant.
+        select: "shape", the authors' rule by module type, not by name: weights of Conv1d/2d/3d with fewer
+            rows than elements in a row; warns of those that are computed from other parameters and so left
+            out (weight_norm, pruning, FSDP1). Or "measured": all that `scale_invariance(model, loss_fn)`
+            finds invariant. Or the names of the weights.
         loss_fn: for "measured", as in `scale_invariance`.
 
     Raises:
-        ValueError: another `select`, or one that does not go with `loss_fn`.
+        ValueError: another `select`, or one that does not go with `loss_fn`; a parameter without a shape yet
+            (lazy); a weight that is zero, so without directions, or that no gradient reaches to measure it.
     """
-    if select not in ("shape", "measured") or (select == "measured") != (loss_fn is not None):
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _refuse("give the model a batch first: uninitialized", [n for n, p in trainable.items() if is_lazy(p)])
+    if select == "shape" and loss_fn is None:
+        chosen = _weights_by_shape(model)
+    elif select == "measured" and loss_fn is not None:
+        measured = scale_invariance(model, loss_fn)
+        remedy = "measure after a step or without scales of 0, and freeze what is unused; no gradient reaches"
+        _refuse(remedy, [m.name for m in measured if math.isnan(m.cosine)])
+        chosen = [m.name for m in measured if m.invariant]
+    elif isinstance(select, str) or loss_fn is not None:
         got = f"got {select!r}, loss_fn={loss_fn}"
-        raise ValueError(f"select must be 'shape', or 'measured' with a loss_fn; {got}")
-    invariant = [m.name for m in scale_invariance(model, loss_fn) if m.invariant] if loss_fn else None
-    weights = {}
-    for name, p in model.named_parameters():
-        module, _, local_name = name.rpartition(".")
-        is_convolution = isinstance(model.get_submodule(module), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        by_rule = is_convolution and local_name == "weight" and _is_undercomplete(p)
-        if p.requires_grad and (by_rule if invariant is None else name in invariant):
-            weights[name] = p
+        raise ValueError(f"select must be 'shape', names of weights, or 'measured' with a loss_fn; {got}")
+    else:
+        chosen = list(select)
+        _refuse("select: no trainable parameters", [name for name in chosen if name not in trainable])
+    weights = {name: p for name, p in trainable.items() if name in chosen}
+    zero = "a zero weight has no direction; initialize it or select without it"
+    _refuse(zero, [name for name, p in weights.items() if _is_zero_weight(p)])
     return weights
+
+
+def _refuse(why: str, names: list[str]) -> None:
+    if names:
+        raise ValueError(f"{why}: {', '.join(names)}")
+
+
+def _weights_by_shape(model: nn.Module) -> list[str]:
+    convolutions = {
+        f"{name}.weight".removeprefix("."): module._parameters.get("weight")
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    }
+    if computed := [name for name, p in convolutions.items() if p is None or p.ndim < 2]:
+        why = "not on G(1, n), as computed from other parameters (weight_norm, pruning, FSDP1)"
+        warnings.warn(f"{why}: {', '.join(computed)}", stacklevel=3)
+    return [name for name, p in convolutions.items() if name not in computed and _is_undercomplete(p)]
 
 
 def _is_undercomplete(p: Tensor) -> bool:
     return p.shape[0] < p.shape[1:].numel()
+
+
+def _is_zero_weight(p: Tensor) -> bool:
+    if not p.numel() or p.is_meta or not (_is_sharded(p) or type(p) in (Tensor, nn.Parameter)):
+        return False  # it has no values (yet)
+    size = p.detach().abs().sum()
+    return bool((size.full_tensor() if _is_sharded(size) else size) == 0)
 
 
 @torch.no_grad()
@@ -499,48 +569,56 @@ def grassmann_param_groups(
     model: nn.Module, lr: float, lrg: float,
     *, momentum: float = 0.9, omega: float = 0.1, grad_clip: float | None = 0.1,
     weight_decay: float = 5e-4, bn_decay: float = 0.0,
-    select: str = "shape", loss_fn: Callable[[nn.Module], Tensor] | None = None,
+    select: str | Collection[str] = "shape", loss_fn: Callable[[nn.Module], Tensor] | None = None,
 ) -> list[dict]:  # fmt: skip
     """Sort a model's trainable parameters into the authors' groups, named, ready for `SGDG` or `AdamG`.
 
-        "on G(1,n)"  `grassmann_weights(model, select, loss_fn)`: lrg, momentum, omega, grad_clip
-        "bn/bias"    other parameters with fewer than two dimensions: lr, Nesterov momentum, bn_decay
+        "grassmann"  `grassmann_weights(model, select, loss_fn)`: lrg, momentum, omega, grad_clip
+        "bn_bias"    other parameters with fewer than two dimensions: lr, Nesterov momentum, bn_decay
         "other"      all else (linear layers, overcomplete and transposed convolutions): lr, Nesterov
                      momentum, weight_decay
 
-    With `select="measured"`, weights on G(1, n) that have no fewer rows than elements in a row make a group
-    "on G(1,n), overcomplete" with omega = 0, since their rows cannot be orthogonal.
+    Weights on G(1, n) with no fewer rows than elements in a row, whose rows cannot be orthogonal, make a
+    group "grassmann_overcomplete" with omega = 0. Frozen parameters are left out, tied ones counted once,
+    empty groups dropped.
 
-    Frozen parameters are left out, tied ones counted once, empty groups dropped.
-    Warning: sets the rows of the Grassmann weights to unit length, in place, which changes what a trained
-    network computes: in evaluation mode the running averages of a following batch normalization belong to the
-    old lengths until training renews them; where none follows (a residual block's last convolution) the
-    output itself changes.
+    Warning: sets the rows of the Grassmann weights to unit length, in place (zero rows stay zero), which
+    changes what a trained network computes: in evaluation mode the running averages of a following batch
+    normalization belong to the old lengths until training renews them; where none follows (a residual block's
+    last convolution) the output itself changes. So make the groups before a copy of the model that averages
+    its weights (EMA, SWA), and after what replaces parameters (`fully_shard`). Tools that set one learning
+    rate for all groups (SWALR, OneCycleLR or CyclicLR with a number) erase lrg: give them a list of rates.
 
     Args:
         lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n).
         momentum: of all groups, with Nesterov's in the Euclidean ones.
         omega, grad_clip: regularizer and norm clipping on G(1, n), as in `SGDG`.
-        weight_decay, bn_decay: of the group "other" and of "bn/bias".
-        select, loss_fn: as in `grassmann_weights`, and their errors.
+        weight_decay, bn_decay: of the group "other" and of "bn_bias".
+        select, loss_fn: as in `grassmann_weights`, and their errors and warnings.
     """
     chosen = grassmann_weights(model, select, loss_fn)
     for p in chosen.values():
-        _write_rows(p, p, unit(_rows(p, p))[0])
+        _check_rows(p, omega=0.0)
+        weight = _local(p, p)
+        rows = _rows(weight, weight)
+        y, length = unit(rows)
+        # Rows that are unit but for rounding stay: groups made again, as to resume, change nothing.
+        kept = (length - 1).abs() <= 16 * torch.finfo(p.dtype).eps
+        _write_rows(weight, weight, torch.where(kept, rows, y))
     grassmann = {"lr": lrg, "momentum": momentum, "grassmann": True, "grad_clip": grad_clip}
     euclidean = {"lr": lr, "momentum": momentum, "grassmann": False, "nesterov": momentum > 0}
     options = {
-        "on G(1,n)": {**grassmann, "omega": omega},
-        "on G(1,n), overcomplete": {**grassmann, "omega": 0.0},
-        "bn/bias": {**euclidean, "weight_decay": bn_decay},
+        "grassmann": {**grassmann, "omega": omega},
+        "grassmann_overcomplete": {**grassmann, "omega": 0.0},
+        "bn_bias": {**euclidean, "weight_decay": bn_decay},
         "other": {**euclidean, "weight_decay": weight_decay},
     }
     groups: dict[str, list[Tensor]] = {name: [] for name in options}
     for name, p in model.named_parameters():
         if name in chosen:
-            groups["on G(1,n)" if _is_undercomplete(p) else "on G(1,n), overcomplete"].append(p)
+            groups["grassmann" if _is_undercomplete(p) else "grassmann_overcomplete"].append(p)
         elif p.requires_grad:
-            groups["bn/bias" if p.ndim < 2 else "other"].append(p)
+            groups["bn_bias" if p.ndim < 2 else "other"].append(p)
     return [{"params": params, "name": name, **options[name]} for name, params in groups.items() if params]
 
 
@@ -564,8 +642,10 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
     whose outputs vary by little more than eps are not invariant, and are not found to be.)
 
     Args:
-        model: any module. Its buffers, gradients and modes, and torch's generators, are left as they were.
-        loss_fn: the loss of a batch, `loss_fn(model)`, a scalar.
+        model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
+            generators, are left as they were. If it is in training mode its parts keep their modes (as a
+            frozen batch normalization), else all are in training mode for the measurement.
+        loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
 
     Returns:
         one entry for each trainable weight with two or more dimensions and rows of at least two elements, as
@@ -575,12 +655,16 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
     named = [(name, p) for name, p in named if p.numel() and p.shape[1:].numel() > 1]
     if not named:
         return []
+    unfit = [name for name, p in named if p.dtype in _LOW_PRECISION or _is_sharded(p)]
+    _refuse("measure in float32 and before weights are sharded", unfit)
+    device = named[0][1].device.type
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
-            loss = loss_fn(model.train())
+            with torch.autocast(device, enabled=False):
+                loss = loss_fn(model if model.training else model.train())
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
         for module, training in modes:
@@ -619,7 +703,7 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 def _step_in_blocks(params, states: list[dict], rates: Tensor, *, omega, maximize, **options) -> None:
     """One step of weights of one device and type, in place: one by one, in blocks of rows (`_advance`)."""
     for p, state, rate in zip(params, states, rates, strict=True):
-        (layer,) = _add_regularizer([_layer(p, state, maximize)], omega)
+        (layer,) = _add_regularizer([p], [_layer(p, state, maximize)], omega)
         _advance(*layer, rate, **options)
         _put_back(p, state, layer)
         del layer  # before the next one's buffer is made
@@ -627,7 +711,8 @@ def _step_in_blocks(params, states: list[dict], rates: Tensor, *, omega, maximiz
 
 def _step_by_kernel(params, states, rates, *, tables, group, omega, maximize, **options) -> None:
     """The same for float32 weights on a GPU: all rows of all weights in one launch (`_advance_all`)."""
-    layers = _add_regularizer([_layer(p, s, maximize) for p, s in zip(params, states, strict=True)], omega)
+    layers = [_layer(p, state, maximize) for p, state in zip(params, states, strict=True)]
+    layers = _add_regularizer(params, layers, omega)
     with torch.cuda.device_of(params[0]):
         _advance_all(layers, rates, *tables.get(layers, group), **options)
     for p, state, layer in zip(params, states, layers, strict=True):
@@ -636,7 +721,7 @@ def _step_by_kernel(params, states, rates, *, tables, group, omega, maximize, **
 
 def _suits_kernel(p: Tensor) -> bool:
     fits = p.dtype == torch.float32 and p.shape[1:].numel() <= _LONGEST_ROW
-    return fits and p.device.type == _KERNEL_DEVICE
+    return fits and p.device.type == _KERNEL_DEVICE and "_advance_kernel" in globals()
 
 
 def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
@@ -644,7 +729,8 @@ def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
     buffer = state.get("momentum_buffer")
     stored = [(t.stride(), t.dtype) for t in (p, p.grad, p if buffer is None else buffer)]
     dense = torch.empty_like(p, device="meta").stride() == p.stride()  # so zeros_like is stored as p is
-    return p.is_cuda and p.is_floating_point() and dense and len(set(stored)) == 1
+    suits = p.is_cuda and p.is_floating_point() and not _is_sharded(p)
+    return suits and dense and len(set(stored)) == 1
 
 
 def _arithmetic(p: Tensor) -> torch.dtype:
@@ -658,7 +744,7 @@ def _rows(t: Tensor, weight: Tensor) -> Tensor:
     Everything on G(1, n) is row by row, so any order serves as long as weight, gradient and state share it. A
     view where t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
     """
-    return t.permute(0, *_storage_order(weight)).reshape(t.shape[0], -1)
+    return t.permute(0, *_storage_order(weight)).reshape(t.shape[0], t.shape[1:].numel())
 
 
 def _write_rows(t: Tensor, weight: Tensor, rows: Tensor) -> None:
@@ -673,29 +759,36 @@ def _storage_order(weight: Tensor) -> list[int]:
 
 def _layer(p: Tensor, state: dict, maximize: bool) -> _Layer:
     """y, g, m and v of a weight as contiguous rows: views where possible."""
-    dtype = _arithmetic(p)
-    y, g, m = (_rows(t, p).to(dtype).contiguous() for t in (p, p.grad, state["momentum_buffer"]))
-    return y, -g if maximize else g, m, state.get("second_moment")
+    dtype, weight = _arithmetic(p), _local(p, p)
+    tensors = (_local(t, p) for t in (p, p.grad, state["momentum_buffer"]))
+    y, g, m = (_rows(t, weight).to(dtype).contiguous() for t in tensors)
+    v = state.get("second_moment")
+    return y, -g if maximize else g, m, v if v is None else _local(v, p)
 
 
 def _put_back(p: Tensor, state: dict, layer: _Layer) -> None:
     """Write y and m where `_layer` had to copy them."""
-    for t, rows in ((p, layer[0]), (state["momentum_buffer"], layer[2])):
-        if rows.data_ptr() != t.data_ptr():
-            _write_rows(t, p, rows)
+    weight = _local(p, p)
+    for t, rows in ((weight, layer[0]), (_local(state["momentum_buffer"], p), layer[2])):
+        if t.dtype != rows.dtype or not t.permute(0, *_storage_order(weight)).is_contiguous():
+            _write_rows(t, weight, rows)
 
 
-def _add_regularizer(layers: list[_Layer], omega: float) -> list[_Layer]:
+def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -> list[_Layer]:
     """The layers with g + omega * orthogonality_gradient(y) for g; makes the rows of each y unit, in place.
 
     Needs one buffer of the size of the weights of one shape. It holds the stacked y for the first products,
     which are too small to fill a GPU one by one, and then the results.
     """
     alike: dict[torch.Size, list[int]] = {}
-    for i, (y, *_) in enumerate(layers if omega else []):
-        y.div_(_lengths(y))
-        alike.setdefault(y.shape, []).append(i)
     layers = list(layers)
+    for i, (y, g, m, v) in enumerate(layers if omega else []):
+        if len(y):
+            y.div_(_lengths(y))
+        if _is_sharded(params[i]):
+            layers[i] = y, _add_sharded_regularizer(params[i], y, g, omega), m, v
+        else:
+            alike.setdefault(y.shape, []).append(i)
     for indices in alike.values():
         ys = [layers[i][0] for i in indices]
         if len(ys) == 1:
@@ -708,6 +801,44 @@ def _add_regularizer(layers: list[_Layer], omega: float) -> list[_Layer]:
             y, g, m, v = layers[i]
             layers[i] = y, torch.addmm(g, e, y, alpha=2 * omega, out=out), m, v
     return layers
+
+
+# Weights whose rows several processes share: DTensors, as FSDP2 (torch's fully_shard) makes them.
+
+
+def _is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "placements")  # importing DTensor takes half a second
+
+
+def _local(t: Tensor, weight: Tensor) -> Tensor:
+    """The part of t that is in this process, where `weight` is sharded; else t."""
+    if not _is_sharded(weight):
+        return t
+    if not _is_sharded(t):
+        raise ValueError("a sharded weight has a gradient or state that is not sharded")
+    if t.placements != weight.placements:
+        t = t.redistribute(placements=weight.placements)
+    return t.to_local()
+
+
+def _sharded_as(weight: Tensor, local: Tensor) -> Tensor:
+    """The rows of all processes, sharded as `weight`; `local`: those of this one, (its rows, n)."""
+    whole = {"shape": torch.Size((weight.shape[0], local.shape[1])), "stride": (local.shape[1], 1)}
+    return type(weight).from_local(local, weight.device_mesh, weight.placements, run_check=False, **whole)
+
+
+def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float) -> Tensor:
+    """This process's rows of g + omega * orthogonality_gradient(y), for which y, unit rows, is gathered."""
+    from torch.distributed.tensor import Replicate
+
+    everywhere = [Replicate()] * weight.device_mesh.ndim
+    numbers = torch.arange(weight.shape[0], device=y.device)
+    numbers = type(weight).from_local(numbers, weight.device_mesh, everywhere, run_check=False)
+    numbers = numbers.redistribute(placements=weight.placements).to_local()  # of this process's rows
+    whole = _sharded_as(weight, y).full_tensor()
+    gram = y @ whole.mT
+    gram.scatter_add_(1, numbers[:, None], gram.new_full((len(y), 1), -1))
+    return torch.addmm(g, gram, whole, alpha=2 * omega)
 
 
 # In blocks of rows.
@@ -754,8 +885,8 @@ def _tangent(y: Tensor, g: Tensor, inverse: Tensor, out: Tensor) -> tuple[Tensor
     along = torch.mul(y, g, out=out).sum(1, keepdim=True).mul_(inverse)
     h = torch.addcmul(g, y, along * inverse, value=-1, out=out)
     h_norm = _norms(h)
-    # As in `project`, a second time; on the CPU, where a look at the host is cheap, only if it matters.
-    if h.device.type != "cpu" or (along.abs_() > _CANCELLED * h_norm).any():
+    # As in `project`, a second time; where a look at the values is cheap, only if it matters.
+    if not _is_readable(h) or (along.abs_() > _CANCELLED * h_norm).any():
         along = (y * h).sum(1, keepdim=True).mul_(inverse)
         h.addcmul_(y, along.mul_(inverse), value=-1)
         h_norm = _norms(h)
@@ -766,7 +897,11 @@ def _turn(y: Tensor, m: Tensor, scale: float | Tensor, inverse: Tensor, scratch:
     """Move y/|y| along m by the angle scale * |m|, and m with it, in place; inverse: 1/|y|."""
     m_norm = _norms(m)
     angle = m_norm * scale
-    sin, cos = angle.sin(), angle.cos_()
+    sin, cos = angle.sin(), angle.cos()
+    zero = inverse >= 1 / _ZERO_ROW
+    if not _is_readable(y) or zero.any():  # a zero row becomes its step's direction, where it has one
+        sin = torch.where(zero, angle.sign(), sin)
+        cos = torch.where(zero & (angle != 0), 0, cos)
     lost = torch.mul(y, (sin * inverse).mul_(m_norm), out=scratch)  # m's part that points back along y
     y.mul_(inverse.mul_(cos)).addcmul_(m, sin.div_(m_norm.clamp_(min=_ZERO_MOMENTUM)))
     m.mul_(cos).sub_(lost)
@@ -779,11 +914,22 @@ def _lengths(y: Tensor) -> Tensor:
 
 def _norms(x: Tensor, least: float = 0.0) -> Tensor:
     """|x| row by row, (rows, 1), also where float32 squares overflow or, below `least`, underflow."""
-    if x.dtype == torch.float32 and x.device.type != "cpu":  # float64 sums cost nothing; a look would wait
+    if not _is_readable(x):  # float64 sums cost nothing there; a look would wait
+        if x.dtype != torch.float32:
+            return unit(x)[1]
         return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     low, high = norms.aminmax()
     return norms if high.item() < _LONG and low.item() >= least else unit(x)[1]
+
+
+def _is_readable(t: Tensor) -> bool:
+    """Whether t has values (fake tensors have none), and reading one does not wait for a device."""
+    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    return not (isinstance(lr, Tensor) and not _is_readable(lr)) and bool(lr == 0)
 
 
 # In one Triton kernel.
@@ -797,9 +943,12 @@ def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilo
     layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW; rates: (layers,) float32 on the device;
     table, layer_of_row: from `_host_table`.
     """
+    if not len(layer_of_row):
+        return
     longest = max(y.shape[1] for y, *_ in layers)
     size = 1 << (longest - 1).bit_length()
-    _advance_kernel[(len(layer_of_row),)](
+    # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
+    globals()["_advance_kernel"][(len(layer_of_row),)](
         table, layer_of_row, rates,
         float(decay), 1.0 - decay, float(beta2), 1.0 - beta2, float(epsilon), float(grad_clip or 0),
         ADAM=layers[0][3] is not None, CLIP=grad_clip is not None,
@@ -895,6 +1044,9 @@ if _KERNEL_DEVICE:
         m_norm = _norm(m)
         angle = m_norm * scale
         sin, cos = tl.sin(angle), tl.cos(angle)
+        starts = (y_norm == 0) & (angle != 0)  # a zero row becomes its step's direction
+        sin = tl.where(starts, tl.where(angle < 0, -1.0, 1.0), sin)
+        cos = tl.where(starts, 0.0, cos)
         to_y = tl.where(m_norm > 0, sin / tl.where(m_norm > 0, m_norm, 1.0), scale)  # sin a / |M|, or s
         tl.store(y_at + columns, y * cos + m * to_y, inside)
         tl.store(m_at + columns, m * cos - y * (m_norm * sin), inside)
