@@ -14,8 +14,8 @@ Letters, all row by row (docs/method.md compares them with the authors' poster):
     nu   norm clipping's threshold (`grad_clip`)   omega  strength of the orthogonality regularizer
 In the operators of Eq. 7 to 9 h is any tangent vector; the update rules put the step d there.
 
-In this order: 1. operators, 2. update rules, 3. optimizers, 4. a model's parameters. A reader of the paper
-may stop before 5, the rules of 2 made fast. This file needs torch alone and can be copied into any project.
+A reader of the paper may stop before section 5, the rules of 2 made fast. This file needs torch alone and can
+be copied into any project.
 """
 
 import difflib
@@ -36,8 +36,6 @@ __all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassm
 
 
 # -------------------------------------------------------------------------------------- 1. operators
-
-
 def unit(v: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of unit length (..., rows, n) and the lengths they had (..., rows, 1): v / |v|, |v|.
 
@@ -94,8 +92,6 @@ def orthogonality_gradient(y: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------- 2. update rules
 # The definition of both methods. The optimizers compute it by section 5, which the tests hold equal to this.
-
-
 def _riemannian_gradient(y: Tensor, g: Tensor, omega: float, grad_clip: float | None) -> Tensor:
     if omega:
         g = g + omega * orthogonality_gradient(y)
@@ -108,9 +104,8 @@ def sgdg_update(
 ) -> tuple[Tensor, Tensor]:
     """One step of the paper's SGD-G: the new (y, tau). Nothing is changed.
 
-    Args:
-        y, g, tau: (..., rows, n); y of any length but 0, tau tangent at it.
-        lr: radians per unit of gradient. grad_clip: nu, or None for no clipping.
+    y, g, tau: (..., rows, n); y of any length but 0, tau tangent at it. lr: radians per unit of gradient.
+    grad_clip: nu, or None for no clipping.
     """
     y, _ = unit(y)
     h = _riemannian_gradient(y, g, omega, grad_clip)
@@ -122,12 +117,10 @@ def adamg_update(
     y: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor,
     *, lr: float, beta1: float, beta2: float, epsilon: float, omega: float, grad_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One step of the paper's Adam-G: the new (y, m, v). Nothing is changed.
+    """One step of the paper's Adam-G: the new (y, m, v). Nothing is changed; arguments as in `sgdg_update`.
 
-    Args:
-        y, g, m: (..., rows, n). v: (..., rows, 1), one scale for each row, so that no direction is bent.
-        step: 0-dim tensor, the number t of this step, counted from 1.
-        lr, grad_clip: as in `sgdg_update`.
+    v: (..., rows, 1), one scale for each row, so that no direction is bent. step: 0-dim tensor, the number t
+    of this step, counted from 1.
     """
     y, _ = unit(y)
     h = _riemannian_gradient(y, g, omega, grad_clip)
@@ -144,18 +137,15 @@ def _bias_correction(step: Tensor, beta1: float, beta2: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- 3. the optimizers
-
-
 class _GrassmannOptimizer(Optimizer):
     """What SGDG and AdamG share: groups, state and their checks, torch's SGD for groups not on G(1, n)."""
 
     def __init__(self, params, defaults: dict):
         _check_options(defaults, known=list(defaults))
         super().__init__(params, defaults)
-        for group in [] if self._is_on_grassmann() else self.param_groups:
-            for name, default in _FOR_ROWS_ALONE.items():
-                if (value := group.get(name, default)) != default:
-                    raise ValueError(f"{name}={value} means something on G(1, n) only, and {_NO_ROWS}")
+        if not any(group["grassmann"] for group in self.param_groups):
+            given = {k for g in self.param_groups for k in _OF_ROWS.keys() & g.keys() if g[k] != _OF_ROWS[k]}
+            _refuse(f"{_NO_ROWS}; nothing else has", given)
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
@@ -169,54 +159,47 @@ class _GrassmannOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    def _is_on_grassmann(self) -> bool:
-        return any(group["grassmann"] for group in self.param_groups)
-
     # Opaque to torch.compile, which mishandles results written in place (torch 2.13 and 2.15). The public
     # torch.compiler.disable does the same, but hides the method's type and takes over a second to import.
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure=None):
         """One step of every group; returns the closure's loss. Gradients are read only."""
-        if not self._is_on_grassmann() and not vars(self).get("_has_warned"):
+        if not (any(group["grassmann"] for group in self.param_groups) or vars(self).get("_has_warned")):
             self._has_warned = True
-            warnings.warn(f"{type(self).__name__} makes steps of plain SGD: {_NO_ROWS}", stacklevel=5)
+            warnings.warn(f"steps of plain SGD: {_NO_ROWS}", stacklevel=5)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if group["grassmann"]:
-                self._step_on_grassmann(params, group)
-            else:
-                self._step_sgd(params, group)
+            (self._step_on_grassmann if group["grassmann"] else self._step_sgd)(params, group)
         return loss
 
     def _step_on_grassmann(self, params: list[Tensor], group: dict) -> None:
         if any(p.grad.is_sparse or p.is_complex() for p in params):
             raise RuntimeError("a parameter on G(1, n) needs a dense, real gradient")
         alike: dict[tuple, list[Tensor]] = {}
-        before = {}  # weights as they are, where the rate is 0: rows that do not turn stay just that
         for p in params:
             if p.numel():
                 alike.setdefault((p.device, p.dtype, _suits_kernel(p)), []).append(p)
                 self._init_state(p, self.state[p])
-                if _is_zero(group["lr"]):
-                    before[p] = _local(p, p).clone()
-        names = ("omega", "grad_clip", "maximize", "beta2", "epsilon")
-        options = {name: group[name] for name in names if name in group}
+        # At a rate of 0, where that is known here, rows that do not turn keep their lengths too.
+        still = (not isinstance(group["lr"], Tensor) or _is_readable(group["lr"])) and group["lr"] == 0
+        before = [(p, _local(p, p).clone()) for p in params if still and p.numel()]
+        options = {name: group[name] for name in ("maximize", *_OF_ROWS) if name in group}
         options["decay"] = group["momentum"]
         for (device, _, by_kernel), some in alike.items():
             states = [self.state[p] for p in some]
-            with torch.autocast(device.type, enabled=False):
+            with _without_autocast(device):
                 rates = self._rates(some, group)
                 if by_kernel:
-                    tables = self.__dict__.setdefault("_tables", _AddressTables())  # not copied or pickled
+                    tables = vars(self).setdefault("_tables", {})  # neither copied nor pickled
                     _step_by_kernel(some, states, rates, tables=tables, group=id(group), **options)
                 else:
                     _step_in_blocks(some, states, rates, **options)
-        for p, rows in before.items():
+        for p, rows in before:
             m = _local(self.state[p]["momentum_buffer"], p)
             turned = (m != 0).any(list(range(1, m.ndim)), keepdim=True)
             turned &= "second_moment" not in self.state[p]  # Adam-G's rate multiplies its momentum
@@ -227,11 +210,12 @@ class _GrassmannOptimizer(Optimizer):
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=_arithmetic(p))
         if (found := state["momentum_buffer"].shape) != p.shape:
-            got = f"a weight of shape {tuple(p.shape)} has a momentum_buffer of shape {tuple(found)}"
-            raise ValueError(f"{got}; cut its optimizer.state[weight] as the weight was, or delete it")
+            got = f"the state of a weight of shape {tuple(p.shape)} is of shape {tuple(found)}"
+            raise ValueError(f"{got}; cut it as the weight was (optimizer.state[weight]), or delete it")
 
     def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        return {"momentum_buffer": tuple(p.shape)}
+        adam = {"second_moment": (*p.shape[:1], 1), "step": ()} if "beta2" in self.defaults else {}
+        return {"momentum_buffer": tuple(p.shape), **adam}
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         """The lr of each weight, in Adam-G times its bias correction: (weights,), on their device."""
@@ -255,10 +239,9 @@ class _GrassmannOptimizer(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
         buffers = [state.get("momentum_buffer") for state in states]
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        options = {name: group[name] for name in names}
-        gradients = [p.grad for p in params]
+        options = {"lr": lr, "has_sparse_grad": sparse, **{name: group[name] for name in names}}
         # Not foreach: torch's foreach path may add Nesterov's term to the gradients themselves.
-        sgd(params, gradients, buffers, has_sparse_grad=sparse, foreach=False, fused=fused, lr=lr, **options)
+        sgd(params, [p.grad for p in params], buffers, foreach=False, fused=fused, **options)
         if group["momentum"]:
             for state, buffer in zip(states, buffers, strict=True):
                 state["momentum_buffer"] = buffer
@@ -267,10 +250,8 @@ class _GrassmannOptimizer(Optimizer):
         """As torch's, but state on G(1, n) stays float32 for narrower weights; `step` goes to their device.
 
         Takes over the state of the authors' PyTorch optimizer of the same kind, weight by weight in order.
-
-        Raises:
-            ValueError: what is loaded is the state of another optimizer, or of weights of other shapes: an
-                entry is missing, unknown, or not of its shape. The optimizer is then unchanged.
+        ValueError for a state of another optimizer or of weights of other shapes: an entry is missing,
+        unknown, or not of its shape. The optimizer is then unchanged.
         """
         loaded: dict = {}  # what the user's hooks have made of state_dict, in our terms
 
@@ -295,18 +276,14 @@ class _GrassmannOptimizer(Optimizer):
 
     def _adapted(self, given: dict) -> dict:
         """A state dict in our terms; ValueError where it cannot be one of this optimizer."""
-        for key in ("param_groups", "state"):
-            if key not in given:
-                raise ValueError(f"not the state of an optimizer: it has no {key!r}")
+        _refuse("not the state of an optimizer: it has no", {"param_groups", "state"} - given.keys())
         # The authors' optimizers cannot maximize.
         groups = [{**group, "maximize": group.get("maximize", False)} for group in given["param_groups"]]
         kind = f"not the state of {type(self).__name__}"
         needed = {*self.defaults, "params"} - {"differentiable"}  # which torch adds to a copy's defaults
         for i, group in enumerate(groups):
-            if missing := sorted(needed - group.keys()):
-                raise ValueError(f"{kind}: parameter group {i} has no {', '.join(map(repr, missing))}")
-            if odd := [name for name in ("beta2", "epsilon") if name in group and name not in self.defaults]:
-                raise ValueError(f"{kind}: parameter group {i} has {', '.join(map(repr, odd))}")
+            _refuse(f"{kind}: parameter group {i} has no", needed - group.keys())
+            _refuse(f"{kind}: parameter group {i} has", group.keys() & _OF_ROWS.keys() - self.defaults.keys())
             _check_options(group, known=[*self.defaults, "params"])
         # None where there is none: of a ZeroRedundancyOptimizer.
         states = {i: state for i, state in given["state"].items() if state is not None}
@@ -325,14 +302,12 @@ class _GrassmannOptimizer(Optimizer):
         """A parameter's state in our terms; `where` begins the error's sentence."""
         shapes = self._state_shapes(p)
         if group["grassmann"]:
-            if missing := [key for key in shapes if key not in state]:
-                raise ValueError(f"{where} has no {', '.join(map(repr, missing))}")
+            _refuse(f"{where} has no", shapes.keys() - state.keys())
             rows = state["momentum_buffer"]
             if isinstance(rows, Tensor) and rows.shape == (p.shape[0], p.shape[1:].numel()):
                 state = {**state, "momentum_buffer": rows.reshape(p.shape)}
+        _refuse(f"{where} has an unknown entry", state.keys() - shapes.keys())
         for key, value in state.items():
-            if key not in shapes:
-                raise ValueError(f"{where} has an unknown entry {key!r}")
             found = tuple(value.shape) if isinstance(value, Tensor) else value
             if found != shapes[key] and (value is not None or group["grassmann"]):  # None: an older torch's
                 raise ValueError(f"{where} has {key!r} {found}, where shape {shapes[key]} is needed")
@@ -341,8 +316,14 @@ class _GrassmannOptimizer(Optimizer):
         return state
 
 
-_FOR_ROWS_ALONE = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # and the defaults
-_NO_ROWS = "no parameter group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
+def _refuse(why: str, names: Collection[str]) -> None:
+    """ValueError, if there are any names."""
+    if names:
+        raise ValueError(f"{why} {', '.join(map(repr, sorted(names)))}")
+
+
+_OF_ROWS = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # on G(1, n) only, with defaults
+_NO_ROWS = "no group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
 
 
 class SGDG(_GrassmannOptimizer):
@@ -367,19 +348,17 @@ class SGDG(_GrassmannOptimizer):
             where nothing is on G(1, n) (without them a first step then warns).
 
     On G(1, n) the state is `momentum_buffer` (tau, shaped as the weight), and:
-    - The first step that moves a row makes it unit. A zero row stays zero until a gradient comes, and becomes
-      the direction of its first step: pruned rows come back at full length.
+    - The first step makes rows unit, but leaves alone those that a rate of 0 does not move. A zero row stays
+      zero until a gradient turns it into its direction: pruned rows come back at full length.
     - lr = 0 does not stop a row that has momentum, since the rate is inside it. What has no gradient is left
       alone: `weight.requires_grad_(False)` and `zero_grad()` stop a layer.
-    - One NaN in a gradient makes its row NaN, and with omega > 0 by the next step all rows of the weight.
-    - FSDP2's weights work, sharded by rows; omega > 0 gathers each of them in every step.
+    - One NaN in a gradient makes its row NaN, and with omega > 0 in the next step the whole weight.
+    - FSDP2's weights move like others; with omega > 0 each step gathers each of them.
     """
 
     def __init__(
-        self, params,
-        lr: float | Tensor = 1e-3, momentum: float = 0,
-        dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
-        grassmann: bool = False,
+        self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False,
         omega: float = 0, grad_clip: float | None = None, *, maximize: bool = False,
     ):  # fmt: skip
         everywhere = dict(lr=lr, momentum=momentum, grassmann=grassmann, maximize=maximize)
@@ -404,16 +383,15 @@ class AdamG(_GrassmannOptimizer):
     """
 
     def __init__(
-        self, params,
-        lr: float | Tensor = 1e-3, momentum: float = 0,
-        dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
-        grassmann: bool = False, beta2: float = 0.99, epsilon: float = 1e-8,
-        omega: float = 0, grad_clip: float | None = None, *, maximize: bool = False,
+        self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
+        weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False,
+        beta2: float = 0.99, epsilon: float = 1e-8, omega: float = 0, grad_clip: float | None = None,
+        *, maximize: bool = False,
     ):  # fmt: skip
         everywhere = dict(lr=lr, momentum=momentum, grassmann=grassmann, maximize=maximize)
         euclidean = dict(dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        adam = dict(beta2=beta2, epsilon=epsilon)
-        super().__init__(params, dict(**everywhere, **euclidean, **adam, omega=omega, grad_clip=grad_clip))
+        rows = dict(omega=omega, grad_clip=grad_clip, beta2=beta2, epsilon=epsilon)
+        super().__init__(params, {**everywhere, **euclidean, **rows})
 
     def _init_state(self, p: Tensor, state: dict) -> None:
         super()._init_state(p, state)
@@ -424,9 +402,6 @@ class AdamG(_GrassmannOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         elif state["step"].device != p.device:  # ZeroRedundancyOptimizer loads it to the CPU
             state["step"] = state["step"].to(p.device)
-
-    def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        return {**super()._state_shapes(p), "second_moment": (*p.shape[:1], 1), "step": ()}
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         steps = [self.state[p]["step"] for p in params]
@@ -439,8 +414,7 @@ class AdamG(_GrassmannOptimizer):
         """Also takes the authors' m_buffer, v_buffer, beta1_power, beta2_power: beta^(t+1) after t steps."""
         theirs = ("m_buffer", "v_buffer", "beta1_power", "beta2_power")
         if group["grassmann"] and any(name in state for name in theirs):
-            if missing := [name for name in theirs if name not in state]:
-                raise ValueError(f"{where} has no {', '.join(map(repr, missing))}")
+            _refuse(f"{where} has no", set(theirs) - state.keys())
             m, v, power1, power2 = (state[name] for name in theirs)
             beta1, beta2 = group["momentum"], group["beta2"]
             step = round(math.log(power2, beta2)) - 1 if 0 < power2 < 1 and beta2 else -1
@@ -465,16 +439,17 @@ def _check_options(group: dict, known: list[str]) -> None:
         raise ValueError(f"Invalid lr value: {group['lr']} (a tensor must be 1-element)")
     clip, momentum, on_grassmann = group["grad_clip"], group["momentum"], group["grassmann"]
     at_least_0 = ("lr", "momentum", "weight_decay", "omega")
-    needs = [(name, group[name] >= 0, "must not be negative") for name in at_least_0]
-    needs.append(("grad_clip", clip is None or clip > 0, "must be positive, or None for no clipping"))
     fits = not group["nesterov"] or on_grassmann or (momentum != 0 and group["dampening"] == 0)
     got = f"got momentum={momentum}, dampening={group['dampening']}"
-    needs.append(("nesterov", fits, f"needs a momentum and no dampening, {got}"))
-    if "beta2" in group:
-        needs.append(("beta2", 0 <= group["beta2"] < 1, "must be in [0, 1)"))
-        needs.append(("epsilon", group["epsilon"] > 0, "must be positive"))
-        below_1 = not on_grassmann or momentum < 1
-        needs.append(("momentum", below_1, "beta1 of a group on G(1, n) must be below 1"))
+    needs = [
+        *((name, group[name] >= 0, "must not be negative") for name in at_least_0),
+        ("grad_clip", clip is None or clip > 0, "must be positive, or None for no clipping"),
+        ("nesterov", fits, f"needs a momentum and no dampening, {got}"),
+        ("beta2", 0 <= group.get("beta2", 0) < 1, "must be in [0, 1)"),
+        ("epsilon", group.get("epsilon", 1) > 0, "must be positive"),
+    ]
+    if "beta2" in group and on_grassmann:
+        needs.append(("momentum", momentum < 1, "beta1 of a group on G(1, n) must be below 1"))
     for name, fulfilled, need in needs:
         if not fulfilled:
             raise ValueError(f"Invalid {name} value: {group[name]} ({need})")
@@ -484,24 +459,24 @@ def _check_rows(p: Tensor, omega: float) -> None:
     which = f"of shape {tuple(p.shape)}"
     if p.ndim < 2:
         raise ValueError(f"grassmann=True needs parameters with two or more dimensions, got one {which}")
-    rows, n = p.shape[0], p.shape[1:].numel()
-    if _is_sharded(p) and not all(part.is_replicate() or part.is_shard(0) for part in p.placements):
-        got = f"got a parameter {which} with the placements {p.placements}"
-        raise ValueError(f"grassmann=True needs whole rows: shard along dimension 0, {got}")
-    if n == 1:
+    if not all(part.is_replicate() or part.is_shard(0) for part in getattr(p, "placements", ())):
+        raise ValueError(
+            f"grassmann=True needs whole rows, got a parameter {which} sharded as {p.placements}"
+        )
+    if (n := p.shape[1:].numel()) == 1:
         raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter {which}")
-    if omega > 0 and rows > n:
-        need = f"omega={omega} asks for orthogonal rows, but a parameter {which} has {rows} rows of {n}"
+    if omega > 0 and p.shape[0] > n:
+        need = f"omega={omega} asks for orthogonal rows, but a parameter {which} has {p.shape[0]} rows of {n}"
         raise ValueError(f"{need} elements; give it a group with omega=0")
 
 
 # ------------------------------------------------------------------------------------ 4. a model's parameters
+_Loss = Callable[[nn.Module], Tensor]
 
 
 def grassmann_weights(
-    model: nn.Module, select: str | Collection[str] = "shape",
-    loss_fn: Callable[[nn.Module], Tensor] | None = None,
-) -> dict[str, nn.Parameter]:  # fmt: skip
+    model: nn.Module, select: str | Collection[str] = "shape", loss_fn: _Loss | None = None
+) -> dict[str, nn.Parameter]:
     """Which of a model's trainable weights are on G(1, n), by name, tied ones once. Nothing is changed.
 
     Args:
@@ -516,12 +491,12 @@ def grassmann_weights(
             (lazy); a weight that is zero, so without directions, or that no gradient reaches to measure it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _refuse("give the model a batch first: uninitialized", [n for n, p in trainable.items() if is_lazy(p)])
+    _refuse("give the model a batch first, uninitialized:", [n for n, p in trainable.items() if is_lazy(p)])
     if select == "shape" and loss_fn is None:
         chosen = _weights_by_shape(model)
     elif select == "measured" and loss_fn is not None:
         measured = scale_invariance(model, loss_fn)
-        remedy = "measure after a step or without scales of 0, and freeze what is unused; no gradient reaches"
+        remedy = "measure after a step or without scales of 0, and freeze what is unused; no gradient:"
         _refuse(remedy, [m.name for m in measured if math.isnan(m.cosine)])
         chosen = [m.name for m in measured if m.invariant]
     elif isinstance(select, str) or loss_fn is not None:
@@ -529,24 +504,17 @@ def grassmann_weights(
         raise ValueError(f"select must be 'shape', names of weights, or 'measured' with a loss_fn; {got}")
     else:
         chosen = list(select)
-        _refuse("select: no trainable parameters", [name for name in chosen if name not in trainable])
+        _refuse("select: no trainable parameter", set(chosen) - trainable.keys())
     weights = {name: p for name, p in trainable.items() if name in chosen}
-    zero = "a zero weight has no direction; initialize it or select without it"
-    _refuse(zero, [name for name, p in weights.items() if _is_zero_weight(p)])
+    zero = [name for name, p in weights.items() if _has_values(p) and p.numel() and not p.any()]
+    _refuse("a zero weight has no direction, initialize it or select without it:", zero)
     return weights
 
 
-def _refuse(why: str, names: list[str]) -> None:
-    if names:
-        raise ValueError(f"{why}: {', '.join(names)}")
-
-
 def _weights_by_shape(model: nn.Module) -> list[str]:
-    convolutions = {
-        f"{name}.weight".removeprefix("."): module._parameters.get("weight")
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    }
+    types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, types)]
+    convolutions = {f"{name}.weight".removeprefix("."): m._parameters.get("weight") for name, m in modules}
     if computed := [name for name, p in convolutions.items() if p is None or p.ndim < 2]:
         why = "not on G(1, n), as computed from other parameters (weight_norm, pruning, FSDP1)"
         warnings.warn(f"{why}: {', '.join(computed)}", stacklevel=3)
@@ -557,19 +525,12 @@ def _is_undercomplete(p: Tensor) -> bool:
     return p.shape[0] < p.shape[1:].numel()
 
 
-def _is_zero_weight(p: Tensor) -> bool:
-    if not p.numel() or p.is_meta or not (_is_sharded(p) or type(p) in (Tensor, nn.Parameter)):
-        return False  # it has no values (yet)
-    size = p.detach().abs().sum()
-    return bool((size.full_tensor() if _is_sharded(size) else size) == 0)
-
-
 @torch.no_grad()
 def grassmann_param_groups(
     model: nn.Module, lr: float, lrg: float,
     *, momentum: float = 0.9, omega: float = 0.1, grad_clip: float | None = 0.1,
     weight_decay: float = 5e-4, bn_decay: float = 0.0,
-    select: str | Collection[str] = "shape", loss_fn: Callable[[nn.Module], Tensor] | None = None,
+    select: str | Collection[str] = "shape", loss_fn: _Loss | None = None,
 ) -> list[dict]:  # fmt: skip
     """Sort a model's trainable parameters into the authors' groups, named, ready for `SGDG` or `AdamG`.
 
@@ -590,11 +551,9 @@ def grassmann_param_groups(
     rate for all groups (SWALR, OneCycleLR or CyclicLR with a number) erase lrg: give them a list of rates.
 
     Args:
-        lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n).
-        momentum: of all groups, with Nesterov's in the Euclidean ones.
-        omega, grad_clip: regularizer and norm clipping on G(1, n), as in `SGDG`.
-        weight_decay, bn_decay: of the group "other" and of "bn_bias".
-        select, loss_fn: as in `grassmann_weights`, and their errors and warnings.
+        lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n). momentum: of all groups.
+        omega, grad_clip: of the rows, as in `SGDG`. weight_decay, bn_decay: of "other" and "bn_bias".
+        select, loss_fn: as in `grassmann_weights`, with its errors and warnings.
     """
     chosen = grassmann_weights(model, select, loss_fn)
     for p in chosen.values():
@@ -633,13 +592,13 @@ class ScaleInvariance(NamedTuple):
     invariant: bool  # cosine is far below chance
 
 
-def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -> list[ScaleInvariance]:
-    """Measure which weights matter only through the directions of their rows.
+def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
+    """Measure which weights matter only through the directions of their rows, by a forward and backward pass.
 
     If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler's theorem for
-    functions homogeneous of degree 0). One forward and backward pass in training mode tells: cos(w, g) is
-    then rounding error and what a normalization's eps leaves, else as large as chance gives. (So weights
-    whose outputs vary by little more than eps are not invariant, and are not found to be.)
+    functions homogeneous of degree 0): cos(w, g) is then rounding error and what a normalization's eps
+    leaves, else as large as chance gives. (So weights whose outputs vary by little more than eps are not
+    invariant, and are not found to be.)
 
     Args:
         model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
@@ -647,24 +606,21 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
             frozen batch normalization), else all are in training mode for the measurement.
         loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
 
-    Returns:
-        one entry for each trainable weight with two or more dimensions and rows of at least two elements, as
-        in `model.named_parameters()`.
+    Returns an entry for each trainable weight with two or more dimensions and rows of at least two elements.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
     named = [(name, p) for name, p in named if p.numel() and p.shape[1:].numel() > 1]
     if not named:
         return []
     unfit = [name for name, p in named if p.dtype in _LOW_PRECISION or _is_sharded(p)]
-    _refuse("measure in float32 and before weights are sharded", unfit)
-    device = named[0][1].device.type
+    _refuse("measure in float32, and before weights are sharded:", unfit)
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
-            with torch.autocast(device, enabled=False):
-                loss = loss_fn(model if model.training else model.train())
+        generators = torch.random.fork_rng(devices=sorted(devices))
+        with generators, torch.enable_grad(), _without_autocast(named[0][1].device):
+            loss = loss_fn(model if model.training else model.train())
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
         for module, training in modes:
@@ -676,21 +632,18 @@ def scale_invariance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor]) -
 
 
 def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
-    rows, n = w.shape[0], w.shape[1:].numel()
-    w = w.flatten(1).double()
+    shape, w = tuple(w.shape), w.flatten(1).double()
     g = torch.zeros_like(w) if g is None else g.flatten(1).double()
     active = (w != 0).any(1) & (g != 0).any(1)
     cosines = (unit(w)[0] * unit(g)[0]).sum(1).abs()[active]
     cosine = cosines.max().item() if len(cosines) else math.nan
-    chance = min(1.0, math.sqrt(2 * math.log(2 * max(1, len(cosines))) / n))
-    invariant = cosine < 0.01 * chance
-    return ScaleInvariance(name, tuple(w.shape), cosine, chance, rows - len(cosines), invariant)
+    chance = min(1.0, math.sqrt(2 * math.log(2 * max(1, len(cosines))) / w.shape[1]))
+    return ScaleInvariance(name, shape, cosine, chance, len(w) - len(cosines), cosine < 0.01 * chance)
 
 
 # -------------------------------------------------------------------------------------- 5. fast paths
-#
-# The rules of section 2 once more, in place and with fewer passes over memory: a reader of the paper may stop
-# here. Both algorithms at once, with the momentum M (tau or m):
+# The rules of section 2 once more, in place and with fewer passes over memory. Both algorithms at once, with
+# the momentum M (tau or m):
 #     M <- decay M + gain h;   a = s |M|;   y <- y cos a + M/|M| sin a;   M <- M cos a - y |M| sin a
 # where SGD-G has gain = -lr and s = 1, Adam-G gain = 1 - b1 and s = -lr correction / sqrt(v + epsilon). The
 # step is d = s M, so a is |d| with the sign of s, and the last formula is Eq. 8 for an M parallel to d.
@@ -714,7 +667,7 @@ def _step_by_kernel(params, states, rates, *, tables, group, omega, maximize, **
     layers = [_layer(p, state, maximize) for p, state in zip(params, states, strict=True)]
     layers = _add_regularizer(params, layers, omega)
     with torch.cuda.device_of(params[0]):
-        _advance_all(layers, rates, *tables.get(layers, group), **options)
+        _advance_all(layers, rates, *_device_tables(tables, layers, group), **options)
     for p, state, layer in zip(params, states, layers, strict=True):
         _put_back(p, state, layer)
 
@@ -729,8 +682,12 @@ def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
     buffer = state.get("momentum_buffer")
     stored = [(t.stride(), t.dtype) for t in (p, p.grad, p if buffer is None else buffer)]
     dense = torch.empty_like(p, device="meta").stride() == p.stride()  # so zeros_like is stored as p is
-    suits = p.is_cuda and p.is_floating_point() and not _is_sharded(p)
-    return suits and dense and len(set(stored)) == 1
+    return p.is_cuda and p.is_floating_point() and not _is_sharded(p) and dense and len(set(stored)) == 1
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    has_autocast = torch.amp.is_autocast_available(device.type)  # "meta" has not
+    return torch.autocast(device.type if has_autocast else "cpu", enabled=False)
 
 
 def _arithmetic(p: Tensor) -> torch.dtype:
@@ -739,10 +696,9 @@ def _arithmetic(p: Tensor) -> torch.dtype:
 
 
 def _rows(t: Tensor, weight: Tensor) -> Tensor:
-    """t as (rows, n), the elements of a row in the order in which `weight` stores them.
+    """t as (rows, n), the elements of a row in the order in which `weight` stores them; any order serves.
 
-    Everything on G(1, n) is row by row, so any order serves as long as weight, gradient and state share it. A
-    view where t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
+    A view where t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
     """
     return t.permute(0, *_storage_order(weight)).reshape(t.shape[0], t.shape[1:].numel())
 
@@ -777,8 +733,8 @@ def _put_back(p: Tensor, state: dict, layer: _Layer) -> None:
 def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -> list[_Layer]:
     """The layers with g + omega * orthogonality_gradient(y) for g; makes the rows of each y unit, in place.
 
-    Needs one buffer of the size of the weights of one shape. It holds the stacked y for the first products,
-    which are too small to fill a GPU one by one, and then the results.
+    Needs one buffer of the size of the weights of one shape: for the stacked y of the first products, which
+    are too small to fill a GPU one by one, and then for the results.
     """
     alike: dict[torch.Size, list[int]] = {}
     layers = list(layers)
@@ -852,32 +808,35 @@ _CANCELLED = 8  # |y'g| / |h| beyond which the first projection lost so many dig
 def _advance(y, g, m, v, rate, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None) -> None:
     """`sgdg_update` (v is None) or `adamg_update` without regularizer, in place, in blocks of rows.
 
-    Args:
-        y, g, m: (rows, n) of one floating-point type. v: (rows, 1). g is read only. rate: a number or 0-dim.
-        decay: momentum or beta1. beta2, epsilon: of Adam-G only.
+    y, g, m: (rows, n) of one floating-point type; g is read only. v: (rows, 1). rate: a number or 0-dim.
+    decay: momentum or beta1. beta2, epsilon: of Adam-G only.
     """
     size = max(1, _BLOCK // y.shape[1])
-    scratch = torch.empty_like(y[:size], memory_format=torch.contiguous_format)
-    options = {"decay": decay, "beta2": beta2, "epsilon": epsilon, "grad_clip": grad_clip}
+    buffer = torch.empty_like(y[:size], memory_format=torch.contiguous_format)
     for i in range(0, len(y), size):
-        y_, g_, m_, v_ = (None if t is None else t[i : i + size] for t in (y, g, m, v))
-        _advance_block(y=y_, g=g_, m=m_, v=v_, scratch=scratch[: len(y_)], minus_rate=-rate, **options)
-
-
-def _advance_block(*, y, g, m, v, scratch, minus_rate, decay, beta2, epsilon, grad_clip) -> None:
-    """`_advance` of one block; scratch, of y's shape, is overwritten."""
-    inverse = _lengths(y).reciprocal_()
-    h, h_norm = _tangent(y, g, inverse, out=scratch)
-    shorten = torch.ones_like(h_norm) if grad_clip is None else grad_clip / h_norm.clamp(min=grad_clip)
-    if v is None:
-        m.mul_(decay).addcmul_(h, shorten.mul_(minus_rate))
-        scale = 1.0
-    else:
-        h_norm.mul_(shorten)
-        v.mul_(beta2).addcmul_(h_norm, h_norm, value=1 - beta2)
-        m.mul_(decay).addcmul_(h, shorten.mul_(1 - decay))
-        scale = minus_rate / (v + epsilon).sqrt_()
-    _turn(y, m, scale, inverse, scratch)
+        y_, g_, m_ = (t[i : i + size] for t in (y, g, m))
+        scratch = buffer[: len(y_)]
+        inverse = _lengths(y_).reciprocal_()
+        h, h_norm = _tangent(y_, g_, inverse, out=scratch)
+        shorten = torch.ones_like(h_norm) if grad_clip is None else grad_clip / h_norm.clamp(min=grad_clip)
+        scale: float | Tensor = 1.0
+        if v is None:
+            m_.mul_(decay).addcmul_(h, shorten.mul_(-rate))
+        else:
+            h_norm.mul_(shorten)
+            v_ = v[i : i + size].mul_(beta2).addcmul_(h_norm, h_norm, value=1 - beta2)
+            m_.mul_(decay).addcmul_(h, shorten.mul_(1 - decay))
+            scale = -rate / (v_ + epsilon).sqrt_()
+        m_norm = _norms(m_)
+        angle = m_norm * scale
+        sin, cos = angle.sin(), angle.cos()
+        zero = inverse > 0.5 / _ZERO_ROW
+        if not _is_readable(y) or zero.any():  # a zero row becomes its step's direction, where it has one
+            sin = torch.where(zero, angle.sign(), sin)
+            cos = torch.where(zero & (angle != 0), 0, cos)
+        lost = torch.mul(y_, (sin * inverse).mul_(m_norm), out=scratch)  # m's part that points back along y
+        y_.mul_(inverse.mul_(cos)).addcmul_(m_, sin.div_(m_norm.clamp_(min=_ZERO_MOMENTUM)))
+        m_.mul_(cos).sub_(lost)
 
 
 def _tangent(y: Tensor, g: Tensor, inverse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -891,20 +850,6 @@ def _tangent(y: Tensor, g: Tensor, inverse: Tensor, out: Tensor) -> tuple[Tensor
         h.addcmul_(y, along.mul_(inverse), value=-1)
         h_norm = _norms(h)
     return h, h_norm
-
-
-def _turn(y: Tensor, m: Tensor, scale: float | Tensor, inverse: Tensor, scratch: Tensor) -> None:
-    """Move y/|y| along m by the angle scale * |m|, and m with it, in place; inverse: 1/|y|."""
-    m_norm = _norms(m)
-    angle = m_norm * scale
-    sin, cos = angle.sin(), angle.cos()
-    zero = inverse >= 1 / _ZERO_ROW
-    if not _is_readable(y) or zero.any():  # a zero row becomes its step's direction, where it has one
-        sin = torch.where(zero, angle.sign(), sin)
-        cos = torch.where(zero & (angle != 0), 0, cos)
-    lost = torch.mul(y, (sin * inverse).mul_(m_norm), out=scratch)  # m's part that points back along y
-    y.mul_(inverse.mul_(cos)).addcmul_(m, sin.div_(m_norm.clamp_(min=_ZERO_MOMENTUM)))
-    m.mul_(cos).sub_(lost)
 
 
 def _lengths(y: Tensor) -> Tensor:
@@ -924,12 +869,13 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
 
 
 def _is_readable(t: Tensor) -> bool:
-    """Whether t has values (fake tensors have none), and reading one does not wait for a device."""
-    return type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"
+    """Whether t's values can be read without waiting for a device."""
+    return t.device.type == "cpu" and _has_values(t)
 
 
-def _is_zero(lr: float | Tensor) -> bool:
-    return not (isinstance(lr, Tensor) and not _is_readable(lr)) and bool(lr == 0)
+def _has_values(t: Tensor) -> bool:
+    """Whether t is not fake, meta or sharded."""
+    return type(t) in (Tensor, nn.Parameter) and not t.is_meta
 
 
 # In one Triton kernel.
@@ -945,8 +891,7 @@ def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilo
     """
     if not len(layer_of_row):
         return
-    longest = max(y.shape[1] for y, *_ in layers)
-    size = 1 << (longest - 1).bit_length()
+    size = 1 << (max(y.shape[1] for y, *_ in layers) - 1).bit_length()
     # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
     globals()["_advance_kernel"][(len(layer_of_row),)](
         table, layer_of_row, rates,
@@ -961,33 +906,25 @@ def _host_table(layers: list[_Layer], pin: bool) -> tuple[Tensor, Tensor]:
     rows = [len(y) for y, *_ in layers]
     before = [sum(rows[:i]) for i in range(len(rows))]
     addresses = [[0 if t is None else t.data_ptr() for t in layer] for layer in layers]
-    entries = [[*a, layer[0].shape[1], b] for a, layer, b in zip(addresses, layers, before, strict=True)]
+    entries = [[*a, y.shape[1], b] for a, (y, *_), b in zip(addresses, layers, before, strict=True)]
     table = torch.tensor(entries, dtype=torch.int64, pin_memory=pin)
     layer_of_row = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(rows))
     return table, layer_of_row.pin_memory() if pin else layer_of_row
 
 
-class _AddressTables:
-    """An optimizer's `_host_table`s on the device, made anew only where an address or shape has changed."""
-
-    def __init__(self):
-        self._last: dict = {}  # (group, device): what the tables were made from, and the tables
-        self._captured: list = []
-
-    def get(self, layers: list[_Layer], group: int) -> list[Tensor]:
-        """`_advance_all`'s table and layer_of_row."""
-        device = layers[0][0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # Each replay of the graph copies from the host's table again: both belong to the graph alone, for
-            # good.
-            host = _host_table(layers, pin=True)
-            self._captured.append((host, [t.to(device, non_blocking=True) for t in host]))
-            return self._captured[-1][1]
-        made_from = [(t.shape, t.data_ptr()) for layer in layers for t in layer if t is not None]
-        if self._last.get((group, device), (None,))[0] != made_from:
-            host = _host_table(layers, pin=device.type == "cuda")
-            self._last[group, device] = made_from, [t.to(device, non_blocking=True) for t in host]
-        return self._last[group, device][1]
+def _device_tables(cache: dict, layers: list[_Layer], group: int) -> list[Tensor]:
+    """`_host_table` on the device; `cache` keeps it until an address or shape has changed."""
+    device = layers[0][0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Each replay of the graph copies from the host's table again: both are the graph's alone, for good.
+        host = _host_table(layers, pin=True)
+        cache.setdefault("captured", []).append((host, [t.to(device, non_blocking=True) for t in host]))
+        return cache["captured"][-1][1]
+    made_from = [(t.shape, t.data_ptr()) for layer in layers for t in layer if t is not None]
+    if cache.get((group, device), (None,))[0] != made_from:
+        host = _host_table(layers, pin=device.type == "cuda")
+        cache[group, device] = made_from, [t.to(device, non_blocking=True) for t in host]
+    return cache[group, device][1]
 
 
 if _KERNEL_DEVICE:
@@ -1005,7 +942,7 @@ if _KERNEL_DEVICE:
         table, layer_of_row, rates, decay, gain, beta2, rest2, epsilon, grad_clip,
         ADAM: tl.constexpr, CLIP: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
-        """`_advance_block` for one row of one layer, in registers.
+        """`_advance` for one row of one layer, in registers.
 
         table: (layers, 6) int64: addresses of y, g, m and v, n, and how many rows come before the layer's.
         gain: 1 - decay. rest2: 1 - beta2. SIZE: a power of 2, at least n.
