@@ -15,6 +15,7 @@ from grassmann_optimizer import SGDG, AdamG, unit
 from resnet import WideResNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel's: on the CPU in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 DECAY, BETA2, EPSILON = 0.9, 0.99, 1e-8
 

@@ -13,6 +13,7 @@ import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, grassmann_weights, unit
 from resnet import WideResNet
 
+pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 
 
