@@ -12,10 +12,8 @@ Letters, all row by row (docs/method.md compares them with the authors' poster):
     h    gradient on G(1, n), tangent at y         d    step, tangent at y: y moves to exp_y(d)
     tau  momentum of SGD-G, tangent at y           m, v  first and second moment of Adam-G, v a scalar a row
     nu   norm clipping's threshold (`grad_clip`)   omega  strength of the orthogonality regularizer
-In the operators of Eq. 7 to 9 h is any tangent vector; the update rules put the step d there.
-
-A reader of the paper may stop before section 5, the rules of 2 made fast. This file needs torch alone and can
-be copied into any project.
+In the operators of Eq. 7 to 9 h is any tangent vector; the update rules put the step d there. A reader of the
+paper may stop before section 5. This file needs torch alone and can be copied into any project.
 """
 
 import difflib
@@ -33,6 +31,9 @@ from torch.optim.sgd import sgd
 
 __all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassmann_weights",
            "scale_invariance", "unit"]  # fmt: skip
+_Loss = Callable[[nn.Module], Tensor]
+_OF_ROWS = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # on G(1, n) only, with defaults
+_NO_ROWS = "no group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
 
 
 # -------------------------------------------------------------------------------------- 1. operators
@@ -192,7 +193,7 @@ class _GrassmannOptimizer(Optimizer):
         options["decay"] = group["momentum"]
         for (device, _, by_kernel), some in alike.items():
             states = [self.state[p] for p in some]
-            with _without_autocast(device):
+            with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
                 rates = self._rates(some, group)
                 if by_kernel:
                     tables = vars(self).setdefault("_tables", {})  # neither copied nor pickled
@@ -209,9 +210,9 @@ class _GrassmannOptimizer(Optimizer):
         """Fill in what the state of a weight on G(1, n) lacks; ValueError where it is another weight's."""
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=_arithmetic(p))
-        if (found := state["momentum_buffer"].shape) != p.shape:
-            got = f"the state of a weight of shape {tuple(p.shape)} is of shape {tuple(found)}"
-            raise ValueError(f"{got}; cut it as the weight was (optimizer.state[weight]), or delete it")
+        if state["momentum_buffer"].shape != p.shape:
+            found = f"a weight {tuple(p.shape)} has a state {tuple(state['momentum_buffer'].shape)}"
+            raise ValueError(f"{found}: cut optimizer.state[weight] as the weight was, or delete it")
 
     def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
         adam = {"second_moment": (*p.shape[:1], 1), "step": ()} if "beta2" in self.defaults else {}
@@ -226,12 +227,11 @@ class _GrassmannOptimizer(Optimizer):
 
     def _step_sgd(self, params: list[Tensor], group: dict) -> None:
         states = [self.state[p] for p in params]
-        sparse = any(p.grad.is_sparse for p in params)
+        sparse, lr = any(p.grad.is_sparse for p in params), group["lr"]
         # Fused where it is one launch: on a GPU, for tensors stored alike. A buffer of zeros beforehand is
         # torch's first step if nothing is dampened, and lets a CUDA graph hold the step.
         alike = bool(params) and all(map(_suits_fused_sgd, params, states))
         fused = alike and not sparse and not group["dampening"]
-        lr = group["lr"]
         if fused:
             lr = lr.to(params[0].device, torch.float32, non_blocking=True) if isinstance(lr, Tensor) else lr
             for p, state in zip(params, states, strict=True):
@@ -249,9 +249,8 @@ class _GrassmannOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but state on G(1, n) stays float32 for narrower weights; `step` goes to their device.
 
-        Takes over the state of the authors' PyTorch optimizer of the same kind, weight by weight in order.
-        ValueError for a state of another optimizer or of weights of other shapes: an entry is missing,
-        unknown, or not of its shape. The optimizer is then unchanged.
+        Takes the state of the authors' PyTorch optimizer of the same kind too, weight by weight in order. The
+        state of another optimizer or of weights of other shapes is a ValueError, which changes nothing.
         """
         loaded: dict = {}  # what the user's hooks have made of state_dict, in our terms
 
@@ -317,21 +316,16 @@ class _GrassmannOptimizer(Optimizer):
 
 
 def _refuse(why: str, names: Collection[str]) -> None:
-    """ValueError, if there are any names."""
     if names:
         raise ValueError(f"{why} {', '.join(map(repr, sorted(names)))}")
-
-
-_OF_ROWS = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # on G(1, n) only, with defaults
-_NO_ROWS = "no group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
 
 
 class SGDG(_GrassmannOptimizer):
     """SGD with momentum on the product of G(1, n)s, one for each row of a weight: the paper's SGD-G.
 
-    A group with `grassmann=True` moves the rows of its weights (dimension 0 counts the rows) along geodesics.
-    Any other group is plain SGD with momentum. Meant for weights whose length does not matter, as those that
-    feed a batch normalization; `grassmann_param_groups` sorts a model's parameters.
+    A group with `grassmann=True` moves the rows of its weights (dimension 0 counts the rows) along geodesics;
+    any other is plain SGD with momentum. For weights whose length does not matter, as those that feed a batch
+    normalization; `grassmann_param_groups` sorts a model's parameters.
 
     Args:
         params: parameters, or groups of them with options of their own.
@@ -342,18 +336,17 @@ class SGDG(_GrassmannOptimizer):
         grad_clip: largest length of a row's gradient on G(1, n); None: no limit.
         maximize: ascend the loss (the regularizer is minimized all the same).
 
-    Raises:
-        ValueError: an option out of range or misspelt; `grassmann=True` on a parameter without rows of at
-            least two elements, or with more rows than a row has elements while omega > 0; omega or grad_clip
-            where nothing is on G(1, n) (without them a first step then warns).
+    ValueError: an option out of range or misspelt; `grassmann=True` on a parameter without rows of at least
+    two elements, or with omega > 0 and more rows than a row has elements; omega or grad_clip where nothing is
+    on G(1, n) (without them the first step warns).
 
     On G(1, n) the state is `momentum_buffer` (tau, shaped as the weight), and:
-    - The first step makes rows unit, but leaves alone those that a rate of 0 does not move. A zero row stays
-      zero until a gradient turns it into its direction: pruned rows come back at full length.
-    - lr = 0 does not stop a row that has momentum, since the rate is inside it. What has no gradient is left
-      alone: `weight.requires_grad_(False)` and `zero_grad()` stop a layer.
+    - The first step makes rows unit, except where a rate of 0 moves nothing. A zero row stays zero until a
+      gradient comes, and then becomes its step's direction: pruned rows come back at full length.
+    - lr = 0 does not stop rows with momentum, as the rate is inside it. To stop a layer, leave it without
+      gradients: `weight.requires_grad_(False)` and `zero_grad()`.
     - One NaN in a gradient makes its row NaN, and with omega > 0 in the next step the whole weight.
-    - FSDP2's weights move like others; with omega > 0 each step gathers each of them.
+    - FSDP2's weights are taken; with omega > 0 each step gathers each of them.
     """
 
     def __init__(
@@ -374,8 +367,8 @@ class AdamG(_GrassmannOptimizer):
     Args:
         params, lr, dampening, weight_decay, nesterov, grassmann, omega, grad_clip, maximize: as in `SGDG`.
         momentum: on G(1, n) beta1, decay of the first moment, in [0, 1); of other groups SGD's.
-        beta2: decay of the second moment, in [0, 1), and
-        epsilon: added to it before the root is taken; positive. Both on G(1, n) only.
+        beta2, epsilon: decay of the second moment, in [0, 1), and what is added to it before the root is
+            taken, positive; on G(1, n) only.
 
     State on G(1, n): `momentum_buffer` (m, shaped as the weight), `second_moment` (v, (rows, 1)), `step`
     (0-dim, float32). Here lr = 0 does stop a row. Without clipping, a gradient beyond 1e19 makes a row's
@@ -384,9 +377,8 @@ class AdamG(_GrassmannOptimizer):
 
     def __init__(
         self, params, lr: float | Tensor = 1e-3, momentum: float = 0, dampening: float = 0,
-        weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False,
-        beta2: float = 0.99, epsilon: float = 1e-8, omega: float = 0, grad_clip: float | None = None,
-        *, maximize: bool = False,
+        weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False, beta2: float = 0.99,
+        epsilon: float = 1e-8, omega: float = 0, grad_clip: float | None = None, *, maximize: bool = False,
     ):  # fmt: skip
         everywhere = dict(lr=lr, momentum=momentum, grassmann=grassmann, maximize=maximize)
         euclidean = dict(dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
@@ -398,8 +390,7 @@ class AdamG(_GrassmannOptimizer):
         if "step" not in state:
             v = torch.zeros(len(_local(p, p)), 1, dtype=_arithmetic(p), device=p.device)
             state["second_moment"] = _sharded_as(p, v) if _is_sharded(p) else v
-            # Not torch's default type: bfloat16 counts to 256.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)  # bfloat16 counts to 256
         elif state["step"].device != p.device:  # ZeroRedundancyOptimizer loads it to the CPU
             state["step"] = state["step"].to(p.device)
 
@@ -407,8 +398,7 @@ class AdamG(_GrassmannOptimizer):
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)  # this step's number
         lr = super()._rates(params, group)
-        step = torch.stack(steps).to(lr.dtype)
-        return lr * _bias_correction(step, group["momentum"], group["beta2"])
+        return lr * _bias_correction(torch.stack(steps).to(lr.dtype), group["momentum"], group["beta2"])
 
     def _adapted_state(self, state: dict, p: Tensor, group: dict, where: str) -> dict:
         """Also takes the authors' m_buffer, v_buffer, beta1_power, beta2_power: beta^(t+1) after t steps."""
@@ -471,9 +461,6 @@ def _check_rows(p: Tensor, omega: float) -> None:
 
 
 # ------------------------------------------------------------------------------------ 4. a model's parameters
-_Loss = Callable[[nn.Module], Tensor]
-
-
 def grassmann_weights(
     model: nn.Module, select: str | Collection[str] = "shape", loss_fn: _Loss | None = None
 ) -> dict[str, nn.Parameter]:
@@ -481,14 +468,12 @@ def grassmann_weights(
 
     Args:
         select: "shape", the authors' rule by module type, not by name: weights of Conv1d/2d/3d with fewer
-            rows than elements in a row; warns of those that are computed from other parameters and so left
-            out (weight_norm, pruning, FSDP1). Or "measured": all that `scale_invariance(model, loss_fn)`
-            finds invariant. Or the names of the weights.
-        loss_fn: for "measured", as in `scale_invariance`.
+            rows than elements in a row (warns of those left out as computed from other parameters:
+            weight_norm, pruning, FSDP1). Or "measured": all that `scale_invariance(model, loss_fn)` finds
+            invariant. Or the names of the weights.
 
-    Raises:
-        ValueError: another `select`, or one that does not go with `loss_fn`; a parameter without a shape yet
-            (lazy); a weight that is zero, so without directions, or that no gradient reaches to measure it.
+    ValueError: another `select`, or one that does not go with `loss_fn`; a parameter without a shape yet
+    (lazy); a weight that is zero, so without directions, or that no gradient reaches to measure it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _refuse("give the model a batch first, uninitialized:", [n for n, p in trainable.items() if is_lazy(p)])
@@ -506,8 +491,8 @@ def grassmann_weights(
         chosen = list(select)
         _refuse("select: no trainable parameter", set(chosen) - trainable.keys())
     weights = {name: p for name, p in trainable.items() if name in chosen}
-    zero = [name for name, p in weights.items() if _has_values(p) and p.numel() and not p.any()]
-    _refuse("a zero weight has no direction, initialize it or select without it:", zero)
+    known = [(n, p) for n, p in weights.items() if type(p) is nn.Parameter and not p.is_meta and p.numel()]
+    _refuse("initialize, or do not select, what has no direction:", [n for n, p in known if not p.any()])
     return weights
 
 
@@ -536,24 +521,20 @@ def grassmann_param_groups(
 
         "grassmann"  `grassmann_weights(model, select, loss_fn)`: lrg, momentum, omega, grad_clip
         "bn_bias"    other parameters with fewer than two dimensions: lr, Nesterov momentum, bn_decay
-        "other"      all else (linear layers, overcomplete and transposed convolutions): lr, Nesterov
-                     momentum, weight_decay
+        "other"      all else (also overcomplete convolutions): lr, Nesterov momentum, weight_decay
 
     Weights on G(1, n) with no fewer rows than elements in a row, whose rows cannot be orthogonal, make a
-    group "grassmann_overcomplete" with omega = 0. Frozen parameters are left out, tied ones counted once,
-    empty groups dropped.
+    group "grassmann_overcomplete" with omega = 0. Frozen parameters and empty groups are left out.
 
     Warning: sets the rows of the Grassmann weights to unit length, in place (zero rows stay zero), which
     changes what a trained network computes: in evaluation mode the running averages of a following batch
     normalization belong to the old lengths until training renews them; where none follows (a residual block's
     last convolution) the output itself changes. So make the groups before a copy of the model that averages
-    its weights (EMA, SWA), and after what replaces parameters (`fully_shard`). Tools that set one learning
-    rate for all groups (SWALR, OneCycleLR or CyclicLR with a number) erase lrg: give them a list of rates.
+    weights (EMA, SWA), and after what replaces parameters (`fully_shard`). Tools that set one rate for all
+    groups (SWALR, OneCycleLR or CyclicLR with a number) erase lrg: give them a list of rates.
 
-    Args:
-        lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n). momentum: of all groups.
-        omega, grad_clip: of the rows, as in `SGDG`. weight_decay, bn_decay: of "other" and "bn_bias".
-        select, loss_fn: as in `grassmann_weights`, with its errors and warnings.
+    lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n). momentum: of all groups. Other
+    arguments, errors and warnings: as in `SGDG` and `grassmann_weights`.
     """
     chosen = grassmann_weights(model, select, loss_fn)
     for p in chosen.values():
@@ -600,17 +581,15 @@ def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
     leaves, else as large as chance gives. (So weights whose outputs vary by little more than eps are not
     invariant, and are not found to be.)
 
-    Args:
-        model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
-            generators, are left as they were. If it is in training mode its parts keep their modes (as a
-            frozen batch normalization), else all are in training mode for the measurement.
-        loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
+    model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
+    generators, are left as they were. If it is in training mode its parts keep their modes (as a frozen batch
+    normalization), else all are in training mode for the measurement.
+    loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
 
     Returns an entry for each trainable weight with two or more dimensions and rows of at least two elements.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
-    named = [(name, p) for name, p in named if p.numel() and p.shape[1:].numel() > 1]
-    if not named:
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
+    if not (named := [(name, p) for name, p in trainable if p.shape[1:].numel() > 1]):
         return []
     unfit = [name for name, p in named if p.dtype in _LOW_PRECISION or _is_sharded(p)]
     _refuse("measure in float32, and before weights are sharded:", unfit)
@@ -618,8 +597,8 @@ def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
-        generators = torch.random.fork_rng(devices=sorted(devices))
-        with generators, torch.enable_grad(), _without_autocast(named[0][1].device):
+        generators, device = torch.random.fork_rng(devices=sorted(devices)), named[0][1].device.type
+        with generators, torch.enable_grad(), torch.autocast(device, enabled=False):
             loss = loss_fn(model if model.training else model.train())
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
@@ -648,7 +627,6 @@ def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
 # where SGD-G has gain = -lr and s = 1, Adam-G gain = 1 - b1 and s = -lr correction / sqrt(v + epsilon). The
 # step is d = s M, so a is |d| with the sign of s, and the last formula is Eq. 8 for an M parallel to d.
 # `rate` is lr (SGD-G) or lr * correction (Adam-G); v is None for SGD-G.
-
 _Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, g, m (rows, n) and v (rows, 1), None for SGD-G
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -683,11 +661,6 @@ def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
     stored = [(t.stride(), t.dtype) for t in (p, p.grad, p if buffer is None else buffer)]
     dense = torch.empty_like(p, device="meta").stride() == p.stride()  # so zeros_like is stored as p is
     return p.is_cuda and p.is_floating_point() and not _is_sharded(p) and dense and len(set(stored)) == 1
-
-
-def _without_autocast(device: torch.device) -> torch.autocast:
-    has_autocast = torch.amp.is_autocast_available(device.type)  # "meta" has not
-    return torch.autocast(device.type if has_autocast else "cpu", enabled=False)
 
 
 def _arithmetic(p: Tensor) -> torch.dtype:
@@ -736,8 +709,7 @@ def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -
     Needs one buffer of the size of the weights of one shape: for the stacked y of the first products, which
     are too small to fill a GPU one by one, and then for the results.
     """
-    alike: dict[torch.Size, list[int]] = {}
-    layers = list(layers)
+    layers, alike = list(layers), dict[torch.Size, list[int]]()
     for i, (y, g, m, v) in enumerate(layers if omega else []):
         if len(y):
             y.div_(_lengths(y))
@@ -759,10 +731,8 @@ def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -
     return layers
 
 
-# Weights whose rows several processes share: DTensors, as FSDP2 (torch's fully_shard) makes them.
-
-
 def _is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 (`fully_shard`) makes: several processes share its rows."""
     return hasattr(t, "placements")  # importing DTensor takes half a second
 
 
@@ -788,7 +758,7 @@ def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float)
     from torch.distributed.tensor import Replicate
 
     everywhere = [Replicate()] * weight.device_mesh.ndim
-    numbers = torch.arange(weight.shape[0], device=y.device)
+    numbers = torch.arange(weight.shape[0], device=y.device)  # of all rows
     numbers = type(weight).from_local(numbers, weight.device_mesh, everywhere, run_check=False)
     numbers = numbers.redistribute(placements=weight.placements).to_local()  # of this process's rows
     whole = _sharded_as(weight, y).full_tensor()
@@ -799,8 +769,7 @@ def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float)
 
 # In blocks of rows.
 _BLOCK = 2**18  # elements: blocks of y, g, M and scratch stay in the cache
-# Squares of the elements of a shorter or longer row may underflow or overflow in float32.
-_SHORT, _LONG = 1e-15, 1e18
+_SHORT, _LONG = 1e-15, 1e18  # the squares of a shorter or longer row may under- or overflow in float32
 _ZERO_ROW, _ZERO_MOMENTUM = 1e-30, 1e-18  # divisors instead of lengths of 0
 _CANCELLED = 8  # |y'g| / |h| beyond which the first projection lost so many digits that a second one matters
 
@@ -829,8 +798,7 @@ def _advance(y, g, m, v, rate, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None)
             scale = -rate / (v_ + epsilon).sqrt_()
         m_norm = _norms(m_)
         angle = m_norm * scale
-        sin, cos = angle.sin(), angle.cos()
-        zero = inverse > 0.5 / _ZERO_ROW
+        sin, cos, zero = angle.sin(), angle.cos(), inverse > 0.5 / _ZERO_ROW
         if not _is_readable(y) or zero.any():  # a zero row becomes its step's direction, where it has one
             sin = torch.where(zero, angle.sign(), sin)
             cos = torch.where(zero & (angle != 0), 0, cos)
@@ -869,13 +837,8 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
 
 
 def _is_readable(t: Tensor) -> bool:
-    """Whether t's values can be read without waiting for a device."""
-    return t.device.type == "cpu" and _has_values(t)
-
-
-def _has_values(t: Tensor) -> bool:
-    """Whether t is not fake, meta or sharded."""
-    return type(t) in (Tensor, nn.Parameter) and not t.is_meta
+    """Whether t has values (is not fake) that can be read without waiting for a device."""
+    return t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
 
 
 # In one Triton kernel.
@@ -915,15 +878,15 @@ def _host_table(layers: list[_Layer], pin: bool) -> tuple[Tensor, Tensor]:
 def _device_tables(cache: dict, layers: list[_Layer], group: int) -> list[Tensor]:
     """`_host_table` on the device; `cache` keeps it until an address or shape has changed."""
     device = layers[0][0].device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Each replay of the graph copies from the host's table again: both are the graph's alone, for good.
-        host = _host_table(layers, pin=True)
-        cache.setdefault("captured", []).append((host, [t.to(device, non_blocking=True) for t in host]))
-        return cache["captured"][-1][1]
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     made_from = [(t.shape, t.data_ptr()) for layer in layers for t in layer if t is not None]
-    if cache.get((group, device), (None,))[0] != made_from:
+    if captured or cache.get((group, device), (None,))[0] != made_from:
         host = _host_table(layers, pin=device.type == "cuda")
-        cache[group, device] = made_from, [t.to(device, non_blocking=True) for t in host]
+        tables = [t.to(device, non_blocking=True) for t in host]
+        if captured:  # each replay copies from the host's table again: both are the graph's alone, for good
+            cache.setdefault("captured", []).append((host, tables))
+            return tables
+        cache[group, device] = made_from, tables
     return cache[group, device][1]
 
 
@@ -960,7 +923,6 @@ if _KERNEL_DEVICE:
         y = tl.load(y_at + columns, inside, 0.0)
         g = tl.load(g_at + columns, inside, 0.0)
         m = tl.load(m_at + columns, inside, 0.0)
-
         y_norm = _norm(y)
         y = y / tl.where(y_norm > 0, y_norm, 1.0)
         h = g - tl.sum(y * g, 0) * y

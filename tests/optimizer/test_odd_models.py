@@ -204,7 +204,7 @@ def random_loss(model):
 def test_a_zero_weight_and_one_without_a_shape_are_refused_by_name():
     model = Residual()
     nn.init.zeros_(model.conv.weight)
-    with pytest.raises(ValueError, match=r"direction.*'conv\.weight'$"):
+    with pytest.raises(ValueError, match=r"no direction.*'conv\.weight'$"):
         grassmann_param_groups(model, 0.01, 0.2)
     groups = {
         g["name"]: g["params"] for g in grassmann_param_groups(model, 0.01, 0.2, select=["first.weight"])
