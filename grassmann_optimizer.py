@@ -697,10 +697,9 @@ def _layer(p: Tensor, state: dict, maximize: bool) -> _Layer:
 
 def _put_back(p: Tensor, state: dict, layer: _Layer) -> None:
     """Write y and m where `_layer` had to copy them."""
-    weight = _local(p, p)
-    for t, rows in ((weight, layer[0]), (_local(state["momentum_buffer"], p), layer[2])):
-        if t.dtype != rows.dtype or not t.permute(0, *_storage_order(weight)).is_contiguous():
-            _write_rows(t, weight, rows)
+    for t, rows in ((p, layer[0]), (state["momentum_buffer"], layer[2])):
+        if rows._base is None:  # no view
+            _write_rows(_local(t, p), _local(p, p), rows)
 
 
 def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -> list[_Layer]:
@@ -798,8 +797,9 @@ def _advance(y, g, m, v, rate, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None)
             scale = -rate / (v_ + epsilon).sqrt_()
         m_norm = _norms(m_)
         angle = m_norm * scale
-        sin, cos, zero = angle.sin(), angle.cos(), inverse > 0.5 / _ZERO_ROW
-        if not _is_readable(y) or zero.any():  # a zero row becomes its step's direction, where it has one
+        sin, cos = angle.sin(), angle.cos()
+        if not _is_readable(y) or inverse.max().item() > 0.5 / _ZERO_ROW:
+            zero = inverse > 0.5 / _ZERO_ROW  # such a row becomes its step's direction, where it has one
             sin = torch.where(zero, angle.sign(), sin)
             cos = torch.where(zero & (angle != 0), 0, cos)
         lost = torch.mul(y_, (sin * inverse).mul_(m_norm), out=scratch)  # m's part that points back along y
@@ -838,7 +838,7 @@ def _norms(x: Tensor, least: float = 0.0) -> Tensor:
 
 def _is_readable(t: Tensor) -> bool:
     """Whether t has values (is not fake) that can be read without waiting for a device."""
-    return t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
+    return t.is_cpu and type(t) in (Tensor, nn.Parameter)
 
 
 # In one Triton kernel.
