@@ -33,7 +33,7 @@ __all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassm
            "scale_invariance", "unit"]  # fmt: skip
 _Loss = Callable[[nn.Module], Tensor]
 _OF_ROWS = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # on G(1, n) only, with defaults
-_NO_ROWS = "no group has grassmann=True; give the optimizer grassmann_param_groups(model, lr, lrg)"
+_NO_ROWS = "no group has grassmann=True: give the optimizer grassmann_param_groups(model, lr, lrg)"
 
 
 # -------------------------------------------------------------------------------------- 1. operators
@@ -146,7 +146,7 @@ class _GrassmannOptimizer(Optimizer):
         super().__init__(params, defaults)
         if not any(group["grassmann"] for group in self.param_groups):
             given = {k for g in self.param_groups for k in _OF_ROWS.keys() & g.keys() if g[k] != _OF_ROWS[k]}
-            _refuse(f"{_NO_ROWS}; nothing else has", given)
+            _refuse(f"{_NO_ROWS}, without which nothing obeys", given)
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
@@ -168,7 +168,7 @@ class _GrassmannOptimizer(Optimizer):
         """One step of every group; returns the closure's loss. Gradients are read only."""
         if not (any(group["grassmann"] for group in self.param_groups) or vars(self).get("_has_warned")):
             self._has_warned = True
-            warnings.warn(f"steps of plain SGD: {_NO_ROWS}", stacklevel=5)
+            warnings.warn(f"steps of plain SGD: {_NO_ROWS}", stacklevel=6)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -450,9 +450,7 @@ def _check_rows(p: Tensor, omega: float) -> None:
     if p.ndim < 2:
         raise ValueError(f"grassmann=True needs parameters with two or more dimensions, got one {which}")
     if not all(part.is_replicate() or part.is_shard(0) for part in getattr(p, "placements", ())):
-        raise ValueError(
-            f"grassmann=True needs whole rows, got a parameter {which} sharded as {p.placements}"
-        )
+        raise ValueError(f"grassmann=True needs whole rows, got a parameter {which}, {p.placements}")
     if (n := p.shape[1:].numel()) == 1:
         raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter {which}")
     if omega > 0 and p.shape[0] > n:

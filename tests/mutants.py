@@ -253,7 +253,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("sin = torch.where(zero, angle.sign(), sin)", "pass", "odd zero_row"),
         ("tl.where(starts, tl.where(angle < 0, -1.0, 1.0), sin)", "sin", "odd zero_row"),
         ("self._has_warned = True", "pass", "odd plain_sgd"),
-        ('_refuse(f"{_NO_ROWS}; nothing else has", given)', "pass", "odd plain_sgd"),
+        ('_refuse(f"{_NO_ROWS}, without which nothing obeys", given)', "pass", "odd plain_sgd"),
         ("and name.startswith(key)]", "and False]", "odd eps"),
         ("(length - 1).abs() <= 16", "(length - 1).abs() <= -1", "odd made_again"),
         ("not p.is_meta and p.numel()]", "False]", "odd zero_weight"),

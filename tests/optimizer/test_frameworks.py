@@ -4,7 +4,10 @@ What is not installed is skipped: requirements-frameworks.txt has it all.
 """
 
 import copy
+import os
 import re
+import traceback
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -77,18 +80,24 @@ def assert_on_grassmann(model):
 # --------------------------------------------------------------------------------------- torch, two processes
 
 
-def in_two_processes(work, folder, *arguments):
-    """Run work(rank, folder, *arguments) on both ranks and return what they return."""
-    torch.multiprocessing.spawn(_on_rank, (work, str(folder), *arguments), nprocs=2)
+def in_two_processes(work, folder):
+    """Run work(rank, folder) on both ranks, forks of this process, and return what they return."""
+    pids = []
+    for rank in range(2):
+        if (pid := os.fork()) == 0:
+            try:
+                store, patience = f"file://{folder}/store", timedelta(seconds=60)
+                torch.distributed.init_process_group(
+                    "gloo", init_method=store, rank=rank, world_size=2, timeout=patience
+                )
+                torch.save(work(rank, folder), folder / f"{rank}.pt")
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _on_rank(rank, work, folder, *arguments):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save(work(rank, folder, *arguments), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def whole(t):
