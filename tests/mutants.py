@@ -260,7 +260,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("torch.autocast(device, enabled=False)", "torch.autocast(device, enabled=True)", "odd in_float32"),
         ("model if model.training else model.train()", "model.train()", "odd frozen"),
         ("part.is_shard(0)", "part.is_shard()", "frameworks two_processes"),
-        ("    gram.scatter_add_(1, numbers[:, None], gram.new_full((len(y), 1), -1))\n", "", "frameworks two_processes"),
+        ("return torch.addmm(g, gram, whole, alpha=2 * omega)", "return g", "frameworks two_processes"),
         ('given["state"].items() if state is not None', 'given["state"].items()', "frameworks two_processes"),
     ],
     "scripts/summarize.py": [
