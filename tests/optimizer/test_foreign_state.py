@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG
 
+pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 SHAPE = (4, 3, 3, 3)
 MANIFOLD = {"lr": 0.2, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.5}

@@ -13,6 +13,7 @@ import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, grassmann_weights, unit
 from resnet import WideResNet
 
+pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 
 
@@ -103,7 +104,8 @@ def test_gradients_are_read_only(Optimizer, grassmann, decay, maximize, foreach,
     monkeypatch.setattr(torch_sgd, "_default_to_fused_or_foreach", lambda *args, **kwargs: (False, foreach))
     params = [nn.Parameter(torch.randn(4, 9)) for _ in range(2)]
     options = {"momentum": 0.9, "weight_decay": decay, "nesterov": not grassmann, "maximize": maximize}
-    optimizer = Optimizer(params, lr=0.1, grassmann=grassmann, grad_clip=0.1, **options)
+    rows = {"grassmann": True, "grad_clip": 0.1} if grassmann else {}
+    optimizer = Optimizer(params, lr=0.1, **rows, **options)
     for _ in range(2):
         for p in params:
             p.grad = torch.randn_like(p)
@@ -143,12 +145,12 @@ def test_limits_at_zero(Optimizer):
 def test_groups_are_the_authors_name_rule_for_these_networks():
     for depth, width in [(10, 1), (16, 4), (28, 10)]:
         model = WideResNet(depth, width, 10)
-        by_name = {"on G(1,n)": [], "bn/bias": [], "other": []}
+        by_name = {"grassmann": [], "bn_bias": [], "other": []}
         for name, p in model.named_parameters():
             if "conv" in name and p.shape[0] < p.shape[1:].numel():
-                by_name["on G(1,n)"].append(p)
+                by_name["grassmann"].append(p)
             elif "bn" in name or name.endswith("bias"):
-                by_name["bn/bias"].append(p)
+                by_name["bn_bias"].append(p)
             else:
                 by_name["other"].append(p)
         groups = {g["name"]: g["params"] for g in grassmann_param_groups(model, 0.01, 0.2)}
@@ -188,12 +190,12 @@ def test_groups_by_type_and_shape():
     params = {k: set(map(id, g.pop("params"))) for k, g in groups.items()}
     others = (model[k].weight for k in ("square", "wide", "transposed", "linear", "embedding"))
     vectors = (p for p in model.parameters() if p.ndim < 2 and p.requires_grad)
-    sorted_by_hand = {"on G(1,n)": expected.values(), "bn/bias": vectors, "other": others}
+    sorted_by_hand = {"grassmann": expected.values(), "bn_bias": vectors, "other": others}
     assert params == {k: set(map(id, ps)) for k, ps in sorted_by_hand.items()}
     euclidean = {"lr": 0.01, "momentum": 0.8, "grassmann": False, "nesterov": True}
     assert list(groups.values()) == [
-        {"name": "on G(1,n)", "lr": 0.2, "momentum": 0.8, "grassmann": True, "omega": 0.3, "grad_clip": 0.4},
-        {"name": "bn/bias", **euclidean, "weight_decay": 1e-4},
+        {"name": "grassmann", "lr": 0.2, "momentum": 0.8, "grassmann": True, "omega": 0.3, "grad_clip": 0.4},
+        {"name": "bn_bias", **euclidean, "weight_decay": 1e-4},
         {"name": "other", **euclidean, "weight_decay": 1e-3},
     ]
     for name, p in expected.items():

@@ -158,7 +158,7 @@ def test_the_regularizers_small_part_is_not_lost_in_the_rows():
     assert go.orthogonality_gradient(y)[0].tolist() == [2 * a * a, 2 * a, 0]
     for count in (1, 2):  # as in the optimizers, weights of one shape together
         layers = [(y.clone(), torch.zeros_like(y), torch.zeros_like(y), None) for _ in range(count)]
-        for _, g, _, _ in go._add_regularizer(layers, omega=0.25):
+        for _, g, _, _ in go._add_regularizer([y] * count, layers, omega=0.25):
             assert g[0].tolist() == [a * a / 2, a / 2, 0]
 
 

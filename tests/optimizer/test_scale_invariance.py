@@ -119,10 +119,10 @@ def test_groups_by_measurement():
     assert grassmann_weights(model, **measured) == {"0.weight": model[0].weight, "3.weight": model[3].weight}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     groups = {g["name"]: g for g in grassmann_param_groups(model, 0.1, 0.2, **measured)}
-    assert groups["on G(1,n)"]["params"] == [model[3].weight]
-    assert groups["on G(1,n), overcomplete"]["params"] == [model[0].weight]
+    assert groups["grassmann"]["params"] == [model[3].weight]
+    assert groups["grassmann_overcomplete"]["params"] == [model[0].weight]
     assert groups["other"]["params"] == [model[6].weight]
-    assert (groups["on G(1,n)"]["omega"], groups["on G(1,n), overcomplete"]["omega"]) == (0.1, 0)
+    assert (groups["grassmann"]["omega"], groups["grassmann_overcomplete"]["omega"]) == (0.1, 0)
     optimizer = SGDG(groups.values())
     losses = []
     for _ in range(30):
