@@ -79,7 +79,7 @@ def sgd_groups(model: nn.Module, options: Options) -> list[dict]:
     common = {"lr": options.lr, "momentum": options.momentum, "nesterov": options.momentum > 0}
     small = {"params": [p for p in params if p.ndim < 2], "weight_decay": options.bn_decay}
     weights = {"params": [p for p in params if p.ndim >= 2], "weight_decay": options.weight_decay}
-    return [{**small, **common, "name": "bn/bias"}, {**weights, **common, "name": "other"}]
+    return [{**small, **common, "name": "bn_bias"}, {**weights, **common, "name": "other"}]
 
 
 def parallel(model: nn.Module, options: Options) -> nn.Module:

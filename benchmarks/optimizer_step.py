@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grassmann_optimizer as go
 from resnet import WideResNet
 
-GRASSMANN = "on G(1,n)"
+GRASSMANN = "grassmann"
 
 
 def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:

@@ -22,6 +22,12 @@ install_requirements requirements-test.txt
 set -- -n auto --maxprocesses 4 "$@" # a process for each core; a test computes with one thread
 if [ "$all" = yes ]; then
     "$python" -m pytest -m "long or not long" "$@"
+    # With Lightning, Transformers and others, in an environment on top of this one, which they cannot spoil.
+    "$python" -m venv .venv-frameworks
+    other=.venv-frameworks/bin/python where='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$python" -c "$where" >"$("$other" -c "$where")/base.pth"
+    "$other" -m pip install --quiet -r requirements-frameworks.txt
+    "$other" -m pytest tests/optimizer/test_frameworks.py tests/optimizer/test_odd_models.py
     "$python" tests/mutants.py
 else
     "$python" -m pytest -m "not long" "$@"

@@ -178,10 +178,10 @@ def test_hyperparameters_of_a_started_run(dataset, method, tmp_path, monkeypatch
     options |= SVHN | {"dropout": 0.4} if dataset == "SVHN" else CIFAR | {"dropout": 0.3}
     assert options.items() <= state["options"].items()
     sgd = {"lr": lr, "momentum": 0.9, "nesterov": True, "dampening": 0}
-    groups = {"bn/bias": sgd | {"weight_decay": bn_decay}, "other": sgd | {"weight_decay": 5e-4}}
+    groups = {"bn_bias": sgd | {"weight_decay": bn_decay}, "other": sgd | {"weight_decay": 5e-4}}
     if method != "SGD":
         rows = {"grassmann": True, "lr": lrg, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.1}
-        groups["on G(1,n)"] = rows | ({"beta2": 0.99, "epsilon": 1e-8} if method == "AdamG" else {})
+        groups["grassmann"] = rows | ({"beta2": 0.99, "epsilon": 1e-8} if method == "AdamG" else {})
     used = {group["name"]: group for group in state["optimizer"]["param_groups"]}
     assert groups.keys() == used.keys()
     for name, group in groups.items():

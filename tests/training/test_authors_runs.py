@@ -134,7 +134,7 @@ def test_summary_of_a_checkpoint_describes_its_weights(finished, monkeypatch):
     outcome = call("--summary", "--resume", save)
     assert (outcome.code, outcome.err) == (0, "")
     assert max(map(len, outcome.out.splitlines())) <= 80
-    line = r"^(\S+) +([-+\d.e]+) +([-+\d.e]+) +([\d.e-]+ +[\d.e-]+ +[\d.]+ )? *(on G\(1,n\)|bn/bias|other)$"
+    line = r"^(\S+) +([-+\d.e]+) +([-+\d.e]+) +([\d.e-]+ +[\d.e-]+ +[\d.]+ )? *(grassmann|bn_bias|other)$"
     found = {row[0]: row[1:] for row in re.findall(line, outcome.out, re.M)}
     model = load(save)["model"]
     weights = {name: value for name, value in model.items() if "running" not in name and "num_b" not in name}

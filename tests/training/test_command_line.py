@@ -187,7 +187,7 @@ class TestOutput:
         totals = {}
         for name, p in WideResNet(10, 1, 3).named_parameters():
             undercomplete = p.ndim == 4 and p.shape[0] < p[0].numel()
-            group = "bn/bias" if p.ndim < 2 else "on G(1,n)" if undercomplete and method != "SGD" else "other"
+            group = "bn_bias" if p.ndim < 2 else "grassmann" if undercomplete and method != "SGD" else "other"
             assert rows[name] == [" x ".join(map(str, p.shape)), group]
             tensors, elements = totals.get(group, (0, 0))
             totals[group] = tensors + 1, elements + p.numel()
@@ -699,11 +699,11 @@ class TestSummary:
         out = call(
             "--summary", "--depth", 10, "--width", 10, "--optim_method", "SGDG", "--select", "measured"
         ).out
-        conv0 = re.findall(r"(\S*conv0)\.weight .* (on G\(1,n\).*)", out)
-        overcomplete = ("group0.block0.conv0", "on G(1,n), overcomplete")
-        others = [(name, "on G(1,n)") for name in ("conv0", "group1.block0.conv0", "group2.block0.conv0")]
+        conv0 = re.findall(r"(\S*conv0)\.weight .* (grassmann.*)", out)
+        overcomplete = ("group0.block0.conv0", "grassmann_overcomplete")
+        others = [(name, "grassmann") for name in ("conv0", "group1.block0.conv0", "group2.block0.conv0")]
         assert sorted(conv0) == sorted([overcomplete, *others])
-        assert out.count("on G(1,n)") == 4 + 2  # and the two totals
+        assert out.count("grassmann") == 4 + 2  # and the two totals
         assert max(map(len, out.splitlines())) <= 80
         model = main.WideResNet(10, 1, 10)
         state = main.torch.get_rng_state()
