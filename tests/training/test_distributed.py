@@ -183,7 +183,7 @@ def test_the_running_averages_are_rank_0s(tiny, ranks, tmp_path, monkeypatch):
 def kill_at(monkeypatch, moment, rank):
     """The process of that rank is killed at the moment-th moment of a run, counted from 1.
 
-    Of an epoch of two steps there are five: before each step, the evaluation and the checkpoint, and after it.
+    An epoch of two steps has five: before each step, the evaluation and the checkpoint, and after that.
     """
     left = iter(range(1, moment))
 
@@ -220,7 +220,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
             break
         assert_fine(outcomes, 143)
         assert f"with {size} processes" in outcomes[0].out
-        assert_fine(ranks(size, "--resume", save))
+        assert_fine(ranks(size, "--resume", save, *(zero if check % 2 else [])))
         assert_same_run(save, whole)
         checks += 1
     assert checks >= 9  # two epochs of two steps, and the checks around each evaluation
