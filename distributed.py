@@ -73,8 +73,10 @@ def joined() -> Iterator[None]:
     if number == 0:
         yield
     else:
+        logging.disable(logging.WARNING)  # torch's, when it compiles: rank 0 has the same
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
+        logging.disable(logging.NOTSET)
     largest([0])  # torchrun takes one that leaves early, with an exit code, for a failure
     dist.destroy_process_group()
     _store = None

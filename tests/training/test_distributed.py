@@ -572,6 +572,19 @@ def test_a_signal_to_a_process_of_ngpu_stops_all(tiny, tmp_path):
 
 
 @pytest.mark.long
+def test_compiled_processes_go_on_with_the_same_bits(tiny, tmp_path):
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    flags = [*BATCH, "--ngpu", 2, "--compile", "--epoch_step", "[]"]
+    for words in (tiny("SGDG", whole, *flags), tiny("SGDG", save, *flags, "--epochs", 1)):
+        process = spawn("main.py", *words)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "[rank1]" not in err
+    assert spawn("main.py", "--resume", save, "--epochs", 2, "--ngpu", 2, "--compile").wait() == 0
+    assert_same_run(save, whole, but=("epochs",))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_torchrun_names_a_process_that_ended_and_starts_all_again(number, exit_code, tiny, ranks, tmp_path):
     """Also after a stop by a signal, which it takes for a failure."""
