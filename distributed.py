@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # the processes' notes to each other
+_launcher = 0  # the process that started this one
 
 
 def launched() -> bool:
     """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
@@ -46,17 +47,23 @@ def on_this_machine() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
 
 
+def orphaned() -> bool:
+    """Whether the launcher has gone since this process joined the others."""
+    return size() > 1 and os.getppid() != _launcher
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the other processes, if torchrun has started any; only rank 0 goes on to print.
 
     CPU tensors travel by gloo, a GPU's by NCCL. A process that fails leaves at once; the others then find the
-    connection lost (`is_loss`).
+    connection lost (`trouble`).
     """
-    global _store
+    global _store, _launcher
     if not launched():
         yield
         return
+    _launcher = os.getppid()
     store, number, count = next(dist.rendezvous("env://"))
     _store = dist.PrefixStore(common_name(store, number, count), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -66,8 +73,10 @@ def joined() -> Iterator[None]:
     if number == 0:
         yield
     else:
+        logging.disable(logging.WARNING)  # torch's, when it compiles: rank 0 has the same
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
+        logging.disable(logging.NOTSET)
     largest([0])  # torchrun takes one that leaves early, with an exit code, for a failure
     dist.destroy_process_group()
     _store = None
@@ -141,11 +150,11 @@ def together(make: Callable[[], T]) -> T:
     return value
 
 
-def attempt(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     """`make()`, or what it raises."""
     try:
         return make(), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # --help ends by SystemExit
         return None, error
 
 
@@ -167,7 +176,15 @@ def zero_redundancy(kind: type[Optimizer], groups: list[dict]) -> Optimizer:
     """Each rank makes its share of the step and sends the parameters round; with momentum for its share."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes a second to import
 
-    return ZeroRedundancyOptimizer(groups, optimizer_class=kind)
+    class Sharded(ZeroRedundancyOptimizer):
+        """Its share loads its state as `kind` does: torch's own way puts each scalar on the CPU."""
+
+        def load_state_dict(self, state_dict: dict) -> None:
+            super().load_state_dict(state_dict)
+            self.optim.load_state_dict(self.optim.state_dict())
+            self.state.clear()  # a second copy, which nothing reads
+
+    return Sharded(groups, optimizer_class=kind)
 
 
 def first_to_say(sentence: str) -> bool:
@@ -178,11 +195,17 @@ def first_to_say(sentence: str) -> bool:
         return True
 
 
-def is_loss(error: Exception) -> bool:
-    """Whether it says that another process of the run has gone."""
+def trouble(error: Exception) -> str | None:
+    """What to say of an error in what the processes of the run send each other; None for any other."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-    lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
-    return _store is not None and lost
+    signs += ("remote process exited", "Timed out waiting")  # NCCL's, and gloo's of one that answers no more
+    text = " ".join(str(error).split())
+    if not launched():
+        return None
+    if isinstance(error, dist.DistNetworkError) or any(sign in text for sign in signs):
+        lost = "another process of the run has gone; the last checkpoint, if any, is kept"
+        return f"{lost}: continue with --resume"
+    return f"the processes cannot work together: {text[:400]}" if isinstance(error, dist.DistError) else None
 
 
 # ----------------------------------------------------------------------------------------------------- launch
@@ -196,18 +219,25 @@ def launch(count: int, program: list[str]) -> int:
 
     if not torch.cuda.is_available():  # each process its share of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    passed_on = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else started by nohup: ignored by all of them
+        passed_on.append("SIGHUP")
     logging.disable()  # of torchrun's: the processes say it better
     try:
-        run.main(["--standalone", f"--nproc_per_node={count}", *program])
+        signals = f"--signals-to-handle={','.join(passed_on)}"
+        run.main(["--standalone", f"--nproc_per_node={count}", signals, *program])
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        print(f"main.py: error: rank {number} was ended by {name}; continue with --resume", file=sys.stderr)
-        return 128 - failure.exitcode
+        # A signal's, if any: the others end because of it. (torch would take the first by whole seconds.)
+        by_signal = [number for number, failure in error.failures.items() if failure.exitcode < 0]
+        number = by_signal[0] if by_signal else error.get_first_failure()[0]
+        code = error.failures[number].exitcode
+        if code > 0:
+            return code
+        # How to go on, the others have said.
+        print(f"main.py: error: rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+        return 128 - code
     finally:
         logging.disable(logging.NOTSET)
     return 0

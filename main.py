@@ -19,9 +19,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
-if (
-    "WORLD_SIZE" in os.environ
-):  # before the import, which reads it: no advice from each process; see `parallel`
+# Before the import, which reads it: no advice from each process; see `parallel`.
+if "WORLD_SIZE" in os.environ:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -85,7 +84,7 @@ def sgd_groups(model: nn.Module, options: Options) -> list[dict]:
 def parallel(model: nn.Module, options: Options) -> nn.Module:
     """What a step calls: the model; of several processes, with gradients that are averaged over them."""
     if distributed.size() > 1:
-        if options.sync_bn:
+        if options.sync_bn and not options.eval:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # With find_unused_parameters the buckets are not arranged anew after the first step: a resumed run
         # sums in the same order as one that went on.

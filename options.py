@@ -412,7 +412,8 @@ def parse_options(
             save = Path(call["save"] or default)
     if call["eval"] and checkpoint is None:
         raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
-    check_options(options, call["ngpu"])
+    trains = writes or (call["summary"] and options is fresh)  # or would
+    check_options(options, call["ngpu"], trains, stored=options is not fresh)
     result = Options(**options, **{**call, "save": save})
     check(result)
     if writes and not claimed:
@@ -543,8 +544,13 @@ def as_flags_give(stored: dict, path: Path) -> dict:
     return options
 
 
-def check_options(options: dict, ngpu: int) -> None:
-    """What no single flag can tell; UsageError."""
+def check_options(options: dict, ngpu: int, trains: bool, stored: bool) -> None:
+    """What no single flag can tell; UsageError.
+
+    Args:
+        trains: the call is none that can do with less: an evaluation, the summary of a checkpoint.
+        stored: the options are a checkpoint's, so that the advice cannot be to change one.
+    """
     drops, ratio = len(options["epoch_step"]), options["lr_decay_ratio"]
     for name in ("lr", "lrg"):
         if (options[name] or 0) * ratio**drops >= HUGE:
@@ -553,29 +559,29 @@ def check_options(options: dict, ngpu: int) -> None:
         raise UsageError(
             "--device cuda: no CUDA device is available; use --device cpu, or check with nvidia-smi"
         )
-    if options["dtype"] == "float16" and choose_device(options["device"]).type == "cpu":
-        raise UsageError("--dtype float16 needs a GPU (it crawls on the CPU); use float32 or bfloat16")
-    check_processes(options, distributed.size(), ngpu)
-    if options["model"] in VGGS and options["batch_size"] == distributed.size():
-        raise UsageError(
-            f"--batchSize {options['batch_size']}: VGG normalizes each feature over the batch; use at least "
-            f"{2 * distributed.size()}"
-        )
-
-
-def check_processes(options: dict, size: int, ngpu: int) -> None:
-    """UsageError for what a run of `size` processes cannot do."""
-    batch, gpus = options["batch_size"], torch.cuda.device_count()
+    size, here, gpus = distributed.size(), distributed.on_this_machine()[1], torch.cuda.device_count()
     if size > 1 and ngpu not in (1, size):
         raise UsageError(f"--ngpu {ngpu}: torchrun has started {size} processes; leave it out")
-    if batch % size:
-        nearest = max(1, round(batch / size)) * size
-        raise UsageError(
-            f"--batchSize {batch} does not divide among {size} processes; the nearest is {nearest}"
-        )
-    on_cuda = choose_device(options["device"]).type == "cuda"
-    here = distributed.on_this_machine()[1]
-    if size > 1 and on_cuda and here > gpus:
+    if size > 1 and choose_device(options["device"]).type == "cuda" and here > gpus:
         raise UsageError(f"{here} processes on this machine need as many GPUs, and it has {gpus}")
-    if options["sync_bn"] and not on_cuda:
-        raise UsageError("--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; leave it out")
+    if trains:
+        check_training(options, size, stored)
+
+
+def check_training(options: dict, size: int, stored: bool) -> None:
+    """UsageError for what `size` processes, each on its device, cannot train."""
+    batch, on_cpu = options["batch_size"], choose_device(options["device"]).type == "cpu"
+    if on_cpu and options["dtype"] == "float16":
+        advice = "train a run that was made with it on one" if stored else "use float32 or bfloat16"
+        raise UsageError(f"--dtype float16 needs a GPU (it crawls on the CPU); {advice}")
+    if on_cpu and options["sync_bn"]:
+        advice = "train a run that was made with it on one" if stored else "leave it out"
+        raise UsageError(f"--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; {advice}")
+    if batch % size:
+        nearest = f"the nearest is {max(1, round(batch / size)) * size}"
+        divisors = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
+        advice = f"the run goes on with one of {divisors} processes" if stored else nearest
+        raise UsageError(f"--batchSize {batch} does not divide among {size} processes; {advice}")
+    if options["model"] in VGGS and batch == size:
+        advice = "take fewer processes" if stored else f"use at least {2 * size}"
+        raise UsageError(f"--batchSize {batch}: VGG normalizes each feature over the batch; {advice}")

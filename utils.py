@@ -47,14 +47,14 @@ def answer(run: Callable[[], int]) -> int:
     except UserError as error:
         return say(str(error), 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # whoever read the output has left, as `head` does
+        distributed.first_to_say("failed")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         return say(f"{error}; when that is mended, continue with --resume", 1)
     except RuntimeError as error:
-        if distributed.is_loss(error):
-            lost = "another process of the run has gone; the last checkpoint, if any, is kept"
-            return say(f"{lost}: continue with --resume", 1) if distributed.first_to_say("failed") else 1
+        if trouble := distributed.trouble(error):
+            return say(trouble, 1) if distributed.first_to_say("failed") else 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split("\n\n")[0].split())[:200]
             advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
@@ -63,7 +63,10 @@ def answer(run: Callable[[], int]) -> int:
             raise
         return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
     except KeyboardInterrupt:
-        print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
+        if distributed.launched():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher sends its own after the terminal's
+        if distributed.first_to_say("failed"):
+            print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -351,7 +354,6 @@ class StopRequest:
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
-        self.parent = os.getppid()
         self.received = self.signal = 0  # by this process; by any, when they last agreed
         self.before: dict[int, Any] = {}
 
@@ -376,8 +378,7 @@ class StopRequest:
     def asked(self, by_signal: bool = False) -> bool:
         """Whether to stop now, by a signal or (unless `by_signal`) the deadline; the same on every rank."""
         late = not by_signal and self.deadline is not None and time.monotonic() >= self.deadline
-        orphaned = distributed.size() > 1 and os.getppid() != self.parent  # the launcher was killed
-        received = self.received or (signal.SIGHUP if orphaned else 0)
+        received = self.received or (signal.SIGHUP if distributed.orphaned() else 0)
         self.signal, late = distributed.largest([received, int(late)])
         return bool(self.signal or late)
 

@@ -13,15 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from train_throughput import random_data
+from train_throughput import options_of_run, random_data
 
 import utils
 from main import Training
-from options import parse_options
 
 STEPS = 10  # in a turn
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="times that each takes its turn")
     parser.add_argument("--json", type=Path, help="write all times here")
     args, rest = parser.parse_known_args(argv)
-    options, _ = parse_options([*rest, "--optim_method", "SGDG"])
+    options = options_of_run(parser, [*rest, "--optim_method", "SGDG"])
     data = random_data(options.batch_size)
     t = Training(options, data)
     x, labels = t.inputs(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))

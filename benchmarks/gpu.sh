@@ -31,8 +31,8 @@ read -ra epochs <<<"${EPOCHS:-}"
 rounds=${ROUNDS:-15} batch=${BATCH:-128}
 all=("${network[@]}" --batchSize "$batch" --device "$device")
 mkdir -p "$out" || exit
-failed=0 child=
-trap 'ends=0 failed=143; ${child:+kill $child}' TERM INT
+failed=0 stopped= child=
+trap 'stopped=yes; ${child:+kill $child}' TERM INT
 
 wait_for() { # COMMAND...: a signal is handed on to it, and it is waited for all the same
     local code
@@ -49,15 +49,18 @@ wait_for() { # COMMAND...: a signal is handed on to it, and it is waited for all
 }
 
 part() { # NAME COMMAND...: what it prints goes to NAME.txt; done once
-    local name=$1 started=$SECONDS state
+    local name=$1 started=$SECONDS left=$((ends - SECONDS)) state
     shift
+    if [ $stopped ]; then return; fi
     if [ -e "$out/$name.done" ]; then
         state="done before"
-    elif [ $SECONDS -ge $ends ]; then
+    elif [ $left -le 0 ]; then # which `timeout` would take for no limit
         state="no time left"
-    elif wait_for timeout --kill-after=60 $((ends - SECONDS)) "$@" >"$out/$name.txt" 2>&1; then
+    elif wait_for timeout --kill-after=60 $left "$@" >"$out/$name.txt" 2>&1; then
         touch "$out/$name.done"
         state=finished
+    elif [ $stopped ]; then
+        state=stopped
     elif [ $SECONDS -ge $ends ]; then
         state="out of time"
     else
@@ -76,13 +79,16 @@ speed() { # NAME FLAGS...: of training
 train() { # NAME FLAGS...: the next part of a run
     local code=0 minutes state left=$((ends - SECONDS - 20)) save=$runs/$1 # 20 seconds for the checkpoint
     shift
-    if [ $left -lt 10 ]; then return; fi
+    if [ $stopped ] || [ $left -lt 10 ]; then return; fi
     mkdir -p "$save"
     minutes=$(printf %d.%02d $((left / 60)) $((left % 60 * 100 / 60)))
     wait_for "$python" main.py "${all[@]}" "${data[@]}" "${setting[@]}" "${epochs[@]}" "$@" \
         --save "$save" --resume auto --max_minutes "$minutes" >>"$save/output.txt" 2>&1 || code=$?
     state=$(tail -n 1 "$save/output.txt" | cut -c1-54)
-    if [ $code -ne 0 ] && [ $code -ne 143 ]; then failed=1 state="failed, see $save/output.txt"; fi
+    case $code in
+    0 | 130 | 143) ;; # Ctrl-C in a terminal reaches main.py itself, too
+    *) failed=1 state="failed, see $save/output.txt" ;;
+    esac
     printf '%-24s %s\n' "${save#"$runs"/}" "$state"
 }
 
@@ -104,4 +110,5 @@ for seed in ${SEEDS:-0 1 2}; do
         train "$method-measured/seed$seed" --optim_method $method --select measured --seed $seed
     done
 done
+if [ $stopped ]; then exit 143; fi
 exit $failed

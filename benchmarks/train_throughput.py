@@ -3,11 +3,12 @@
     python benchmarks/train_throughput.py --depth 28 --width 10 --optim_method SGDG [--dtype bfloat16]
         [--compile] [--device cuda] [--rounds 5] [--steps 20] [--json FILE] [--profile DIR]
 
-All other flags are main.py's. "Ours" is main.py's `Training` on its `TrainBatches`, with random pictures. The
-"plain" configuration trains the same network from the same weights as a script does that follows the paper
-line by line: float32, eager, contiguous, `sgdg_update` or `adamg_update` weight by weight (torch's SGD
-parameter by parameter), one float32 transform per picture. As many threads prepare its batches ahead. In
-float32 and without dropout, whose zeros depend on the order in memory, both compute the same losses.
+All other flags are main.py's, of a run. "Ours" is main.py's `Training` on its `TrainBatches`, with random
+pictures. The "plain" configuration trains the same network from the same weights as a script does that
+follows the paper line by line: float32, eager, contiguous, `sgdg_update` or `adamg_update` weight by weight
+(torch's SGD parameter by parameter), one float32 transform per picture. As many threads prepare its batches
+ahead. In float32 and without dropout, whose zeros depend on the order in memory, both compute the same
+losses.
 
 Whole steps are timed without waiting for the device in between; on a GPU the parts come from CUDA events.
 "Waiting for input" is the time in which the loop stands still for the next batch; a GPU may still be busy
@@ -45,7 +46,7 @@ import utils
 from data import CIFAR_STATISTICS, DataSet, EpochPlan, TrainBatches
 from grassmann_optimizer import adamg_update, sgdg_update
 from main import Training
-from options import Options, model_name, number, parse_options
+from options import PER_CALL, Options, make_parser, model_name, number, parse_options
 
 WARM_UP = 3  # steps of each configuration before its first turn
 PRODUCT = {"cpu": (1024, 1), "cuda": (8192, 20)}  # rows and columns; how many of them are timed at once
@@ -264,6 +265,18 @@ def held_bytes(t: Training) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
+def options_of_run(parser: argparse.ArgumentParser, words: list[str]) -> Options:
+    """main.py's options; the parser's error for a mistake, and for what is of a call, not of a run."""
+    try:
+        given = vars(make_parser().parse_args(words))
+        for name, default in PER_CALL.items():
+            if given.get(name, default) != default:
+                raise utils.UsageError(f"--{name} means nothing to a benchmark")
+        return parse_options(words)[0]
+    except utils.UserError as error:
+        parser.error(str(error))
+
+
 def random_data(count: int) -> DataSet:
     """Pictures for the training part, with CIFAR-10's statistics; none to test on."""
     generator = np.random.default_rng(0)
@@ -329,10 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="profile a few of our steps into DIR")
     args, rest = parser.parse_known_args(argv)
-    try:
-        options, _ = parse_options([*rest, "--dataset", "CIFAR10", "--randomcrop_pad", str(PAD)])
-    except utils.UserError as error:
-        parser.error(str(error))
+    options = options_of_run(parser, [*rest, "--dataset", "CIFAR10", "--randomcrop_pad", str(PAD)])
     turns = measure(options, args.rounds, args.steps)
     ours, plain = turns["ours"], turns["plain"]
     result = {

@@ -67,7 +67,10 @@ def call(*argv) -> Outcome:
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("default")
-        code = main.main([str(word) for word in argv])
+        try:
+            code = main.main([str(word) for word in argv])
+        except SystemExit as end:  # of --help
+            code = end.code
     hidden = (
         DeprecationWarning,
         PendingDeprecationWarning,
@@ -209,21 +212,20 @@ def write_svhn(root, monkeypatch):
     return content
 
 
-def start_ranks(size: int, *argv, folder: Path) -> tuple[list[int], torch.distributed.Store]:
+def call_ranks(size: int, *argv, folder: Path) -> list[Outcome]:
     """main.py in forked processes of one run, as torchrun starts them; what is patched here is patched there.
 
-    `folder` takes what they print, and must not be a run's. Returns their process ids, by rank, and the store
-    that they need as long as they live.
+    `folder` takes what they print, and must not be a run's. Returns their outcomes, by rank; of one that was
+    killed the signal, negative, as its code.
     """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(exist_ok=True)
+    port, tell_port = os.pipe()  # the store's threads start last: a fork could copy a lock that one holds
     pids = []
     for rank in range(size):
-        (folder / str(rank)).unlink(missing_ok=True)
         if (pid := os.fork()) == 0:
             try:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(os.read(port, 5))}
                 place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
                 os.environ |= {name: str(value) for name, value in place.items()}
                 outcome = call(*argv)
@@ -232,12 +234,10 @@ def start_ranks(size: int, *argv, folder: Path) -> tuple[list[int], torch.distri
             (folder / str(rank)).write_text(json.dumps(outcome))
             os._exit(0)
         pids.append(pid)
-    return pids, store
-
-
-def call_ranks(size: int, *argv, folder: Path) -> list[Outcome]:
-    """The outcomes of `start_ranks`, by rank; of one that was killed the signal, negative, as its code."""
-    pids, _store = start_ranks(size, *argv, folder=folder)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(tell_port, f"{store.port:05}".encode() * size)
+    os.close(port)
+    os.close(tell_port)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return [
         Outcome(*json.loads((folder / str(rank)).read_text())) if code == 0 else Outcome(code, "", "")

@@ -150,6 +150,27 @@ class TestTrainThroughput:
         assert trace["traceEvents"]
 
 
+@pytest.mark.parametrize("name", ["train_throughput", "deterministic_cost"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--ngpu", 2], "--ngpu means nothing"),
+        (["--zero"], "--zero means nothing"),
+        (["--save", "here"], "--save means nothing"),
+        (["--max_minutes", 3], "--max_minutes means nothing"),
+        (["--resume", "auto"], "--resume means nothing"),
+        (["--eval"], "--eval means nothing"),
+    ],
+)
+def test_flags_that_mean_nothing_to_a_benchmark(name, words, reason, benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark(name, "--depth", 10, "--width", 1, *words)
+    usage, error = capsys.readouterr().err.rsplit("error: ", 1)
+    assert usage.startswith("usage: ")
+    assert reason in error
+
+
 def test_scale_invariance(benchmark):
     """What feeds a sum has a length that counts; in VGG all but the classifier feeds a normalization."""
     out, result = benchmark("scale_invariance", "--depth", 10, "--width", 1)

@@ -14,16 +14,16 @@ TRAINING = ["train_SGDG", "train_AdamG", "train_SGD", "train_float32"]
 PARTS = ["tests", "deterministic", "optimizer_step", *TRAINING]
 RUNS = ["SGD", "SGDG", "AdamG", "SGDG-measured", "AdamG-measured"]
 
-# In place of Python: optimizer_step fails until `mended`, and a `slow` run of AdamG goes on until SIGTERM.
+# In place of Python: optimizer_step fails until `mended`. What has a word of the file `slow` goes on until
+# SIGTERM, which it answers as the rest of the file says.
 STAND_IN = """#!/usr/bin/env bash
 echo "$*" >>"$OUT/calls"
-case $* in
-*optimizer_step*) [ -e "$OUT/mended" ] ;;
-*main.py*AdamG*)
-    trap 'echo a checkpoint is written; exit 143' TERM
-    if [ -e "$OUT/slow" ]; then touch "$OUT/started"; fi
-    while [ -e "$OUT/slow" ]; do sleep 0.05; done ;;
-esac
+if [ -e "$OUT/slow" ] && read -r word answer <"$OUT/slow" && [[ $* = *$word* ]]; then
+    trap "$answer" TERM
+    touch "$OUT/started"
+    while :; do sleep 0.05; done
+fi
+case $* in *optimizer_step*) [ -e "$OUT/mended" ] ;; esac
 """
 
 
@@ -77,16 +77,27 @@ def test_a_part_that_fails_stops_no_other_and_is_done_again(stand_in, tmp_path):
     assert all("--resume auto --max_minutes " in words for words in again[1:])
 
 
-def test_sigterm_stops_the_run_that_goes_on_and_starts_no_other(stand_in, tmp_path):
-    for name in ("slow", "mended"):
-        (tmp_path / "out" / name).touch()
+@pytest.mark.parametrize(
+    ("word", "answer", "last", "state"),
+    [
+        ("/AdamG/", "echo a checkpoint is written; exit 143", "AdamG", "a checkpoint is written"),
+        ("/SGD/", "echo a checkpoint is written; exit 130", "SGD", "a checkpoint is written"),
+        ("optimizer_step", "exit 143", "optimizer_step", "stopped"),
+        ("optimizer_step", "exit 0", "optimizer_step", "finished"),
+    ],
+)
+def test_sigterm_stops_what_goes_on_and_starts_no_other(stand_in, tmp_path, word, answer, last, state):
+    (tmp_path / "out" / "mended").touch()
+    (tmp_path / "out" / "slow").write_text(f"{word} {answer}\n")
     process = start(tmp_path, stand_in)
     while not (tmp_path / "out" / "started").exists():
+        assert process.poll() is None, results(process)
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     states = results(process)
-    assert (process.returncode, list(states)) == (143, PARTS + RUNS[:3])
-    assert states["AdamG"] == "a checkpoint is written"
+    everything = PARTS + RUNS
+    assert (process.returncode, list(states)) == (143, everything[: everything.index(last) + 1])
+    assert states[last].endswith(state)
 
 
 @pytest.mark.long

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import METHODS, ROOT
+from torch import distributed as dist
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import distributed
 import grassmann_optimizer as go
 import main
 from data import DataSet, TrainBatches
@@ -240,6 +243,53 @@ def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, 
     reads.since()
     step(t)
     assert reads.since() == {"Training.step"}
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """A run's second process, without the first: what they send each other is what this one has."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on a machine of its own
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(distributed, "values", lambda mine: [mine, mine])
+    monkeypatch.setattr(main, "DistributedDataParallel", lambda model, **flags: model)
+    yield
+    dist.destroy_process_group()
+
+
+def names(t):
+    """Of the parameters in each group, and of all that a checkpoint has of the model."""
+    name = {p: name for name, p in t.model.named_parameters()}
+    return [[name[p] for p in group["params"]] for group in t.optimizer.param_groups], list(
+        t.model.state_dict()
+    )
+
+
+@pytest.mark.parametrize("flag", ["--zero", "--sync_bn"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_process_goes_on_on_its_device(reads, monkeypatch, method, flag, request):
+    alone = make(monkeypatch, method)
+    step(alone)
+    state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), alone.state())
+    state["other_ranks"] = [{"generators": dict(state["generators"]), "sums": state["sums"] + 1}]
+    state["other_ranks"][0]["generators"]["cuda"] = torch.ones(16, dtype=torch.uint8)
+    request.getfixturevalue("second_of_two")
+    t = make(monkeypatch, method, "wrn", flag)
+    assert names(t) == names(alone)
+    restored = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    t.restore(state)
+    assert restored == [(state["other_ranks"][0]["generators"]["cuda"], t.device)]
+    held = getattr(t.optimizer, "optim", t.optimizer).state  # with --zero of its share
+    assert on_device(list(held.values()), t.sums)
+    reads.since()
+    list(main.test_logits(t))
+    if flag == "--zero":  # a step of SyncBatchNorm has no fake form
+        step(t)
+        assert len(held) < len(list(t.model.parameters()))
+    else:
+        assert sum(isinstance(part, nn.SyncBatchNorm) for part in t.model.modules()) == 7
+    assert reads.since() == set()
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed.run
 from helpers import (
     METHODS,
     ROOT,
@@ -21,10 +22,11 @@ from helpers import (
     call_ranks,
     load,
     log_lines,
-    start_ranks,
     stop_at,
 )
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import distributed
 import main
@@ -178,6 +180,27 @@ def test_the_running_averages_are_rank_0s(tiny, ranks, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ stop and continue
 
 
+def kill_at(monkeypatch, moment, rank):
+    """The process of that rank is killed at the moment-th moment of a run, counted from 1.
+
+    An epoch of two steps has five: before each step, the evaluation and the checkpoint, and after that.
+    """
+    left = iter(range(1, moment))
+
+    def counted(function):
+        def wrapper(*args):
+            if on_rank(rank) and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return wrapper
+
+    save, saved = counted(main.save), counted(lambda: None)
+    monkeypatch.setattr(main.Training, "step", counted(main.Training.step))
+    monkeypatch.setattr(main, "evaluate", counted(main.evaluate))
+    monkeypatch.setattr(main, "save", lambda t: (save(t), saved()))
+
+
 @pytest.mark.parametrize(
     ("method", "size", "zero"), [("SGD", 2, []), ("SGDG", 3, ["--zero"]), ("AdamG", 2, ["--zero"])]
 )
@@ -197,29 +220,33 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
             break
         assert_fine(outcomes, 143)
         assert f"with {size} processes" in outcomes[0].out
-        assert_fine(ranks(size, "--resume", save))
+        assert_fine(ranks(size, "--resume", save, *(zero if check % 2 else [])))
         assert_same_run(save, whole)
         checks += 1
     assert checks >= 9  # two epochs of two steps, and the checks around each evaluation
 
 
-@SIZES
-def test_killed_at_random_moments_it_ends_with_the_same_bits(size, tiny, ranks, tmp_path):
-    whole, save = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
-    assert_fine(ranks(size, *tiny("SGDG", whole, *BATCH, "--epochs", 4)))
-    duration = time.monotonic() - started
-    moments = random.Random(size)
-    for _ in range(10):
-        pids, _store = start_ranks(
-            size, *tiny("SGDG", save, *BATCH, "--epochs", 4, "--resume", "auto"), folder=tmp_path
-        )
-        time.sleep(moments.uniform(0.2, 1) * duration)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)  # none is gone yet: they are our children, and not waited for
-        for pid in pids:
-            os.waitpid(pid, 0)
-    assert_fine(ranks(size, *tiny("SGDG", save, *BATCH, "--epochs", 4, "--resume", "auto")))
+@pytest.mark.timeout(120)  # the others end soon, not when a connection times out
+@pytest.mark.parametrize(
+    ("size", "kills", "flags"),
+    [(2, 10, []), pytest.param(3, 20, ["--zero"], marks=pytest.mark.long)],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    size, kills, flags, tiny, ranks, tmp_path, monkeypatch
+):
+    """In each run within the first epoch that it trains, or at the start of the next."""
+    whole, save, draw = tmp_path / "whole", tmp_path / "killed", random.Random(size)
+    run = [*BATCH, "--epochs", kills + 1, "--epoch_step", f"[{kills // 2}]"]
+    assert_fine(ranks(size, *tiny("SGDG", whole, *run)))
+    for _ in range(kills):
+        victim = draw.randrange(size)
+        with monkeypatch.context() as patch:
+            kill_at(patch, draw.randint(1, 6), victim)
+            outcomes = ranks(size, *tiny("SGDG", save, *run, *flags, "--resume", "auto"))
+        codes = [1] * size
+        codes[victim] = -signal.SIGKILL
+        assert [outcome.code for outcome in outcomes] == codes
+    assert_fine(ranks(size, *tiny("SGDG", save, *run, "--resume", "auto")))
     assert_same_run(save, whole)
 
 
@@ -269,6 +296,19 @@ def test_a_launcher_may_send_its_signal_more_than_once(monkeypatch):
 # ------------------------------------------------------------------------------------------------- one voice
 
 
+def test_processes_that_lose_their_launcher_before_training_stop(tiny, ranks, tmp_path, monkeypatch):
+    load_data = main.load_data
+
+    def load_and_lose(*args):
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        return load_data(*args)
+
+    monkeypatch.setattr(main, "load_data", load_and_lose)
+    outcomes = ranks(2, *tiny("SGD", tmp_path / "run", *BATCH))
+    assert_fine(outcomes, 129)
+    assert "stopped by SIGHUP after 0 epochs and 1 of 2 steps" in outcomes[0].out
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_path, monkeypatch):
     inputs = main.Training.inputs
@@ -286,6 +326,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_
 @pytest.mark.parametrize(
     ("size", "flags", "code", "patterns"),
     [
+        (3, ["--resume", "FINISHED", "--epochs", 9], 2, ["one of 1, 2, 4, 8, 16 processes"]),
         (3, ["--batchSize", 16], 2, ["16 does not divide among 3 processes.*15"]),
         (3, ["--batchSize", 1], 2, ["1 does not divide among 3 processes.*3"]),
         (2, ["--batchSize", 100], 1, ["--batchSize 100 does not fit"]),
@@ -297,8 +338,91 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_
         (2, ["--model", "vgg11", "--batchSize", 2], 2, ["at least 4"]),
     ],
 )
-def test_a_mistake_is_answered_once(size, flags, code, patterns, tiny, ranks, tmp_path):
+def test_a_mistake_is_answered_once(size, flags, code, patterns, tiny, ranks, tmp_path, finished):
+    flags = [finished["SGD"][0] if word == "FINISHED" else word for word in flags]
     assert_one_voice(ranks(size, *tiny("SGD", tmp_path / "run", *flags)), code, *patterns)
+
+
+def test_help_is_printed_once(ranks):
+    outcomes = ranks(2, "--help")
+    assert_fine(outcomes)
+    assert "--optim_method" in outcomes[0].out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "pattern"), [(KeyboardInterrupt(), 130, "interrupted"), (BrokenPipeError(), 141, None)]
+)
+def test_an_end_before_training_is_said_once(error, code, pattern, tiny, ranks, tmp_path, monkeypatch):
+    """Ctrl-C on a terminal reaches all; the reader of the output leaves the first alone."""
+    load_data = main.load_data
+
+    def interrupted(*args):
+        if pattern or on_rank(0):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (a real file, as a process has)
+            raise error
+        return load_data(*args)
+
+    monkeypatch.setattr(main, "load_data", interrupted)
+    outcomes = ranks(2, *tiny("SGD", tmp_path / "run", *BATCH))
+    assert outcomes[0].code == code
+    texts = [outcome.err for outcome in outcomes if outcome.err]
+    assert [bool(re.search(pattern or "", text)) for text in texts] == [True] * bool(pattern)
+
+
+def dead(*exit_codes):
+    return {rank: ProcessFailure(rank, 1, code, "none") for rank, code in enumerate(exit_codes) if code}
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "name"),
+    [
+        (dead(1, -9, 1), 137, "rank 1 was ended by SIGKILL"),
+        (dead(-15, 1), 143, "rank 0 was ended by SIGTERM"),
+        (dead(0, 2, 2), 2, ""),
+    ],
+)
+def test_ngpu_tells_who_died_from_who_followed(failures, code, name, tiny, tmp_path, monkeypatch):
+    def fail(words):
+        raise ChildFailedError("main.py", failures)
+
+    monkeypatch.setattr(torch.distributed.run, "main", fail)
+    outcome = call(*tiny("SGD", tmp_path / "run", "--ngpu", 3))
+    assert (outcome.code, outcome.err) == (code, f"main.py: error: {name}\n" if name else "")
+
+
+@pytest.mark.parametrize(
+    ("error", "pattern"),
+    [
+        (RuntimeError("[connection.cc:79] Connection closed by peer [::1]:80"), "another process"),
+        (RuntimeError("[buffer.cc:72] Timed out waiting 1800000ms for recv"), "another process"),
+        (
+            dist.DistBackendError("NCCL error in: a.cpp:9, remote process exited or there was"),
+            "another process",
+        ),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), "another process"),
+        (
+            dist.DistBackendError(
+                "NCCL error in: a.cpp:9, invalid usage\nLast error:\nDuplicate GPU detected"
+            ),
+            "the processes cannot work together: NCCL .* Last error: Duplicate GPU",
+        ),
+    ],
+)
+def test_an_error_of_the_connection_is_one_sentence(error, pattern, monkeypatch):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(main, "run", fail)
+    with pytest.raises(type(error)):
+        call()  # of a single process it is none
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    assert_one_sentence(call(), 1, pattern)
+
+
+def test_a_number_of_processes_without_a_launcher_is_no_launch(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("--summary", "--depth", 10, "--width", 1).code == 0
 
 
 def test_what_fails_on_one_rank_is_said_once(tiny, ranks, tmp_path, monkeypatch):
@@ -327,6 +451,7 @@ def test_a_second_run_in_the_same_directory_is_refused_once(tiny, ranks, tmp_pat
     assert_one_voice(outcomes, 1, f"is being written by process {os.getpid()}")
 
 
+@pytest.mark.timeout(120)
 def test_a_process_that_dies_ends_the_others(tiny, ranks, tmp_path, monkeypatch):
     """Those that are left say so once, and the last checkpoint is whole."""
     step = main.Training.step
@@ -352,6 +477,24 @@ def test_summary_and_a_finished_run(tiny, ranks, tmp_path, finished):
         assert outcomes[0].out.replace("processes: 2, 8 images of each batch to each\n", "") == alone.out
 
 
+def test_what_could_not_be_trained_here_is_evaluated_all_the_same(ranks, tmp_path, finished):
+    """Of a run with --sync_bn or float16, without a GPU; with processes that do not divide its batches."""
+    save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
+    expected = call("--resume", save, "--eval").out
+    state = load(save)
+    for options in ({"sync_bn": True}, {"dtype": "float16"}):
+        torch.save({**state, "options": {**state["options"], **options}}, save / "checkpoint.pt")
+        assert_fine([call("--resume", save, "--summary")])
+        outcomes = ranks(3, "--resume", save, "--eval")
+        assert_fine(outcomes)
+        if "sync_bn" in options:
+            assert outcomes[0].out == expected
+        (name,) = options
+        assert_one_sentence(
+            call("--resume", save, "--epochs", 9), 2, f"--{name} .*a run that was made with it"
+        )
+
+
 # --------------------------------------------------------------------------------------------- real launchers
 
 
@@ -364,26 +507,37 @@ def spawn(*words, **how):
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", 2)
 
 
-def wait_for_an_epoch(save, process):
-    while not (save / "checkpoint.pt").exists():
+def wait_for_an_epoch(save, process, then=None):
+    """Until there is another checkpoint than then; returns what tells it from others."""
+    file = save / "checkpoint.pt"
+    while not file.exists() or file.stat().st_mtime_ns == then:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    return file.stat().st_mtime_ns
 
 
 def children(pid):
     return list(map(int, subprocess.check_output(["pgrep", "-P", str(pid)], text=True).split()))
 
 
-def test_ngpu_starts_the_processes_and_a_stop_reaches_them(tiny, ranks, tmp_path):
-    """Ctrl-C in a terminal reaches launcher and processes, and the launcher passes it on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
+def test_ngpu_starts_the_processes_and_a_stop_reaches_them(number, tiny, ranks, tmp_path):
+    """Ctrl-C in a terminal reaches launcher and processes, and the launcher passes it on.
+
+    Started by nohup, none of them minds that the terminal is closed.
+    """
     save = tmp_path / "run"
     more = [*BATCH, "--ngpu", 2, "--epochs", 1000, "--epoch_step", "[]"]
-    process = spawn("main.py", *tiny("SGDG", save, *more), start_new_session=True)
-    wait_for_an_epoch(save, process)
-    os.killpg(process.pid, signal.SIGINT)
+    nohup = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = spawn("main.py", *tiny("SGDG", save, *more), **nohup)
+    then = wait_for_an_epoch(save, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    for _ in range(2):
+        then = wait_for_an_epoch(save, process, then)
+    os.killpg(process.pid, number)
     out, err = process.communicate()
-    assert (process.returncode, err) == (130, "")
-    assert out.count("stopped by SIGINT") == 1
+    assert (process.returncode, err) == (128 + number, "")
+    assert out.count(f"stopped by {number.name}") == 1
     state = load(save)
     assert len(state["other_ranks"]) == 1
     epochs = state["epoch"] + 1
@@ -393,6 +547,7 @@ def test_ngpu_starts_the_processes_and_a_stop_reaches_them(tiny, ranks, tmp_path
     assert_same_run(save, tmp_path / "whole", but=("epochs",))
 
 
+@pytest.mark.timeout(120)
 def test_ngpu_names_a_process_that_was_killed(tiny, tmp_path):
     save = tmp_path / "run"
     process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 1000))
@@ -400,21 +555,48 @@ def test_ngpu_names_a_process_that_was_killed(tiny, tmp_path):
     os.kill(children(process.pid)[1], signal.SIGKILL)
     _, err = process.communicate()
     assert process.returncode == 128 + signal.SIGKILL
-    assert "rank 1 was ended by SIGKILL" in err
+    assert err.endswith("main.py: error: rank 1 was ended by SIGKILL\n")
+    assert err.count("continue with --resume") <= 1
     assert "Traceback" not in err
     assert load(save)["epoch"] >= 1
 
 
 @pytest.mark.long
-def test_torchrun_starts_again_after_a_death(tiny, ranks, tmp_path):
+def test_a_signal_to_a_process_of_ngpu_stops_all(tiny, tmp_path):
+    save = tmp_path / "run"
+    process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 1000))
+    wait_for_an_epoch(save, process)
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    out, err = process.communicate()
+    assert (process.returncode, err, out.count("stopped by SIGTERM")) == (143, "", 1)
+
+
+@pytest.mark.long
+def test_compiled_processes_go_on_with_the_same_bits(tiny, tmp_path):
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    flags = [*BATCH, "--ngpu", 2, "--compile", "--epoch_step", "[]"]
+    for words in (tiny("SGDG", whole, *flags), tiny("SGDG", save, *flags, "--epochs", 1)):
+        process = spawn("main.py", *words)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "[rank1]" not in err
+    assert spawn("main.py", "--resume", save, "--epochs", 2, "--ngpu", 2, "--compile").wait() == 0
+    assert_same_run(save, whole, but=("epochs",))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_torchrun_names_a_process_that_ended_and_starts_all_again(number, exit_code, tiny, ranks, tmp_path):
+    """Also after a stop by a signal, which it takes for a failure."""
     save, whole = tmp_path / "run", tmp_path / "whole"
     more = [*BATCH, "--epochs", 60]
     words = [*TORCHRUN, "--standalone", "--max-restarts", 3, "main.py"]
     process = spawn(*words, *tiny("SGDG", save, *more, "--resume", "auto"))
     wait_for_an_epoch(save, process)
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    os.kill(children(process.pid)[0], number)
     out, err = process.communicate()
     assert process.returncode == 0, err
+    assert re.search(rf"failed \(exitcode: {exit_code}\) local_rank: 0", err)
     assert "finished 60 epochs" in out
     assert_fine(ranks(2, *tiny("SGDG", whole, *more)))
     assert_same_run(save, whole)
