@@ -165,7 +165,7 @@ class TestTrainThroughput:
 )
 def test_flags_that_mean_nothing_to_a_benchmark(name, words, reason, benchmark, capsys):
     with pytest.raises(SystemExit):
-        benchmark(name, "--depth", 10, "--width", 1, *words)
+        benchmark(name, "--depth", 10, "--width", 1, "--batchSize", 4, "--rounds", 1, *words)
     usage, error = capsys.readouterr().err.rsplit("error: ", 1)
     assert usage.startswith("usage: ")
     assert reason in error

@@ -132,6 +132,8 @@ def host_table(layers, pin, real=go._host_table):
 @pytest.fixture
 def reads(monkeypatch):
     """A GPU of fake tensors, for the duration of the test."""
+    # Autograd counts the devices once. With fake ones it would start threads, and no later test could fork.
+    torch.zeros((), requires_grad=True).backward()
     # Whether there is a real GPU, which fake tensors ask, before the answer becomes yes.
     monkeypatch.setattr(FakeTensorMode, "avoid_device_init", not torch.cuda.is_available())
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)

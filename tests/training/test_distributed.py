@@ -226,7 +226,6 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
     assert checks >= 9  # two epochs of two steps, and the checks around each evaluation
 
 
-@pytest.mark.timeout(120)  # the others end soon, not when a connection times out
 @pytest.mark.parametrize(
     ("size", "kills", "flags"),
     [(2, 10, []), pytest.param(3, 20, ["--zero"], marks=pytest.mark.long)],
@@ -451,7 +450,7 @@ def test_a_second_run_in_the_same_directory_is_refused_once(tiny, ranks, tmp_pat
     assert_one_voice(outcomes, 1, f"is being written by process {os.getpid()}")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120)  # it takes a second; a connection that times out, half an hour
 def test_a_process_that_dies_ends_the_others(tiny, ranks, tmp_path, monkeypatch):
     """Those that are left say so once, and the last checkpoint is whole."""
     step = main.Training.step
@@ -547,7 +546,6 @@ def test_ngpu_starts_the_processes_and_a_stop_reaches_them(number, tiny, ranks, 
     assert_same_run(save, tmp_path / "whole", but=("epochs",))
 
 
-@pytest.mark.timeout(120)
 def test_ngpu_names_a_process_that_was_killed(tiny, tmp_path):
     save = tmp_path / "run"
     process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 1000))
@@ -585,8 +583,11 @@ def test_compiled_processes_go_on_with_the_same_bits(tiny, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_torchrun_names_a_process_that_ended_and_starts_all_again(number, exit_code, tiny, ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [(signal.SIGKILL, "(exitcode: -9) local_rank: 0"), (signal.SIGTERM, "(exitcode: 143) local_rank: ")],
+)
+def test_torchrun_names_a_process_that_ended_and_starts_all_again(number, named, tiny, ranks, tmp_path):
     """Also after a stop by a signal, which it takes for a failure."""
     save, whole = tmp_path / "run", tmp_path / "whole"
     more = [*BATCH, "--epochs", 60]
@@ -596,7 +597,7 @@ def test_torchrun_names_a_process_that_ended_and_starts_all_again(number, exit_c
     os.kill(children(process.pid)[0], number)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert re.search(rf"failed \(exitcode: {exit_code}\) local_rank: 0", err)
+    assert f"failed {named}" in err
     assert "finished 60 epochs" in out
     assert_fine(ranks(2, *tiny("SGDG", whole, *more)))
     assert_same_run(save, whole)
