@@ -23,7 +23,8 @@ FLAG = r"(?<![\w-])--[a-zA-Z][\w-]*"
 # Beside those that stand in scripts/ and benchmarks/: of TensorBoard, torchrun and Slurm.
 OF_OTHER_PROGRAMS = {"--help", "--logdir", "--nodes", "--nnodes", "--ntasks-per-node", "--gpus-per-node"}
 OF_OTHER_PROGRAMS |= {"--time", "--requeue", "--signal", "--nproc_per_node", "--max-restarts"}
-OF_OTHER_PROGRAMS |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--signals-to-handle", "--cpus-per-task"}
+OF_OTHER_PROGRAMS |= {"--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--signals-to-handle"}
+OF_OTHER_PROGRAMS |= {"--cpus-per-task"}
 # Written by runs, or of the authors' code: not kept in the repository.
 NOT_HERE = {
     "config.json",
