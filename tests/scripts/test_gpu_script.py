@@ -83,7 +83,6 @@ def test_a_part_that_fails_stops_no_other_and_is_done_again(stand_in, tmp_path):
         ("/AdamG/", "echo a checkpoint is written; exit 143", "AdamG", "a checkpoint is written"),
         ("/SGD/", "echo a checkpoint is written; exit 130", "SGD", "a checkpoint is written"),
         ("optimizer_step", "exit 143", "optimizer_step", "stopped"),
-        ("optimizer_step", "exit 0", "optimizer_step", "finished"),
     ],
 )
 def test_sigterm_stops_what_goes_on_and_starts_no_other(stand_in, tmp_path, word, answer, last, state):
