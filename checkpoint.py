@@ -7,10 +7,12 @@ It holds tensors and plain Python values only, so that reading one runs no code.
 import json
 import math
 import os
+import shlex
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise UserError(f"cannot read {path} ({error}); when that is mended, try again") from error
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         raise UserError(
             f"{path} is not a whole checkpoint ({type(error).__name__}); {way_back(path)}"
@@ -58,9 +62,17 @@ def load_checkpoint(path: Path) -> dict:
     for name, is_right in PARTS.items():
         if name not in state and name not in LATER_PARTS:
             raise UserError(f"{path} is not a whole checkpoint, it has no {name!r}; {way_back(path)}")
-        if name in state and not is_right(state[name]):
+        if name in state and not holds(is_right, state[name]):
             raise UserError(f"{path} is a damaged checkpoint, its {name!r} cannot be right; {way_back(path)}")
     return state
+
+
+def holds(is_right: Callable[[Any], bool], value: Any) -> bool:
+    """Whether it is right; what cannot even be looked at (a sparse tensor, a number for a list) is not."""
+    try:
+        return is_right(value)
+    except Exception:
+        return False
 
 
 def check_sums(path: Path) -> None:
@@ -76,7 +88,7 @@ def way_back(path: Path) -> str:
     """What to do about a damaged checkpoint."""
     previous = path.with_name(PREVIOUS)
     if path.name == CHECKPOINT and previous.is_file() and not previous.samefile(path):
-        return f"the one before it is there: mv {previous} {path}"
+        return f"the one before it is there: mv {shlex.quote(str(previous))} {shlex.quote(str(path))}"
     return "resume from another one"
 
 
@@ -108,7 +120,7 @@ def is_generators(value) -> bool:
 
 def is_sums(value) -> bool:
     """An epoch's sums of loss and wrong answers."""
-    return isinstance(value, Tensor) and value.shape == (2,) and value.dtype == torch.float64
+    return value.shape == (2,) and value.dtype == torch.float64 and all(map(is_amount, value.tolist()))
 
 
 def is_statistics(value) -> bool:
@@ -133,8 +145,13 @@ def is_optimizer(value) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("state"), dict)
-        and all(isinstance(group, dict) for group in value.get("param_groups") or [None])
-        and all(is_count(number) and are_tensors(state) for number, state in value["state"].items())
+        and isinstance(value["param_groups"], list)
+        and all(isinstance(group, dict) for group in value["param_groups"])
+        # A second moment may be infinite where nothing is clipped.
+        and all(
+            is_count(number) and not any(tensor.isnan().any() for tensor in (state or {}).values())
+            for number, state in value["state"].items()
+        )
     )
 
 
@@ -143,7 +160,7 @@ PARTS = {
     "model": are_tensors,
     "optimizer": is_optimizer,
     "scaler": lambda value: isinstance(value, dict) and all(map(is_amount, value.values())),
-    "probe": lambda value: isinstance(value, dict) and is_count(value.get("steps")),
+    "probe": lambda value: is_count(value["steps"]) and are_tensors({"sums": value["sums"]}),
     "epoch": is_count,
     "batch": is_count,
     "train_time": is_amount,
@@ -160,8 +177,12 @@ PARTS = {
     ),
     "environment": lambda value: isinstance(value, dict),
     "data_sha256": lambda value: isinstance(value, str),
-    "statistics": lambda value: isinstance(value, list),
+    "statistics": lambda value: (
+        all(map(is_amount, value[0] + value[1])) and len(value[0]) == len(value[1]) == 3 and min(value[1]) > 0
+    ),
 }
+HYPERPARAMETERS = ("initial_lr", "momentum", "nesterov", "weight_decay")
+HYPERPARAMETERS += ("omega", "grad_clip", "beta2", "epsilon")
 LATER_PARTS = {"weights_from", "other_ranks", "statistics"}  # not in each run, or not in older ones'
 
 
@@ -187,29 +208,40 @@ def load_model(model: nn.Module, stored: dict[str, Tensor]) -> None:
         raise ValueError("its weights are in another precision")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict, steps: int) -> None:
     """Put back the state of each parameter; ValueError where it is not of this optimizer.
 
     The groups' options stay as they are: the run's options and the schedule say them.
+
+    Args:
+        steps: those that were made for sure.
     """
-    groups, places = [], []  # the groups with numbers for parameters; each number's parameter and momentum
+    # The groups with numbers for parameters; for each number the parameter, and whether it has state.
+    groups, places = [], []
     for group in optimizer.param_groups:
         numbers = list(range(len(places), len(places) + len(group["params"])))
         groups.append({**group, "params": numbers})
-        places += [(p, group["momentum"]) for p in group["params"]]
+        places += [(p, group["momentum"] or group.get("grassmann")) for p in group["params"]]
     if [group.get("params") for group in stored["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its parameter groups are others")
+    for old, group in zip(stored["param_groups"], groups, strict=True):
+        if any(old.get(name, group.get(name)) != group.get(name) for name in HYPERPARAMETERS):
+            raise ValueError("its optimizer has other hyperparameters than its options")
     states = stored["state"]
     if states.keys() - set(range(len(places))):
         raise ValueError("its optimizer's state is of other parameters")
-    for number, (p, momentum) in enumerate(places):
-        state = states.get(number, {})
-        if momentum and not state and any(states.values()):
+    for number, (p, has_state) in enumerate(places):
+        state = states.get(number) or {}  # None: of a ZeroRedundancyOptimizer
+        if has_state and not state and (steps or any(states.values())):
             raise ValueError("it lacks the optimizer's state of a parameter")
         shapes = {"momentum_buffer": p.shape, "second_moment": (len(p), 1), "step": ()}
         for name, value in state.items():
             if value.shape != shapes.get(name) or value.dtype != torch.float32:
                 raise ValueError("its optimizer's state has other shapes")
+            if name != "momentum_buffer" and (value < 0).any():
+                raise ValueError(f"its optimizer's {name} is below 0")
+            if name == "step" and steps and value != steps:
+                raise ValueError("its optimizer has made another number of steps")
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 

@@ -222,6 +222,11 @@ def launch(count: int, program: list[str]) -> int:
     passed_on = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else started by nohup: ignored by all of them
         passed_on.append("SIGHUP")
+    level, caught = (
+        logging.root.manager.disable,
+        (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1),
+    )
+    handlers = {number: signal.getsignal(number) for number in caught}  # which torchrun sets and leaves
     logging.disable()  # of torchrun's: the processes say it better
     try:
         signals = f"--signals-to-handle={','.join(passed_on)}"
@@ -239,5 +244,7 @@ def launch(count: int, program: list[str]) -> int:
         print(f"main.py: error: rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr)
         return 128 - code
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0

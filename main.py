@@ -228,14 +228,16 @@ class Training:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin
             if self.options.eval:
                 return
-            told = self.history[0] if self.history else {}  # each epoch tells its options
+            # Each epoch tells its options. (The pictures' name may have been made printable since.)
+            told = {**self.history[0], "dataset_name": self.options.dataset_name} if self.history else {}
             if any(told.get(name, value) != value for name, value in self.options.fixed().items()):
                 raise ValueError("its options are not those of its epochs")
             if self.batch > len(self.plan()):
                 raise ValueError("its epoch has more steps")
             for _ in range(self.epoch):
                 self.schedule.step()
-            load_optimizer(self.optimizer, state["optimizer"])
+            steps = self.epoch * len(self.plan()) + self.batch
+            load_optimizer(self.optimizer, state["optimizer"], 0 if self.scaler.is_enabled() else steps)
             self.scaler.load_state_dict(state["scaler"])
             self.probe.load_state_dict(state["probe"])
             self.restore_rank([state, *state.get("other_ranks", [])])
@@ -496,7 +498,8 @@ def run(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run, and answer what the user can mend by one sentence on standard error.
 
-    Called from Python it gives back signal handlers, warning filters and torch's settings as they were.
+    Called from Python it gives back signal handlers, warning filters and torch's settings as they were, but
+    not the state of torch's generators.
     """
     return utils.answer(lambda: run(argv))
 

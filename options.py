@@ -223,8 +223,8 @@ def epoch_list(text: str) -> list[int]:
 
 def non_empty(text: str) -> str:
     """An argparse type: a shell variable that was never set is no path."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("must be a path, and not empty")
     return text
 
 
@@ -510,13 +510,13 @@ def continue_with(given: dict, stored: dict, path: Path, may_change: set[str]) -
     """
     stored = {**LATER, **stored}
     if odd := stored.keys() ^ fill_in({}).keys():
-        raise UserError(
-            f"{path} is of another version of main.py, whose options differ in {', '.join(sorted(odd))}"
-        )
+        names = ", ".join(sorted(map(str, odd)))
+        raise UserError(f"{path} is of another version of main.py, whose options differ in {names}")
     stored = as_flags_give(stored, path)
     given = {name: value for name, value in without_unused({**stored, **given}).items() if name in given}
-    if given.get("dataset", stored["dataset"]) != stored["dataset"]:
-        stored = {**stored, "holdout": 0, "dataset_name": None}  # were of that data set
+    others = any(given.get(name, stored[name]) != stored[name] for name in ("dataset", "dataroot"))
+    if others and "holdout" in may_change:  # to evaluate on other pictures: on their test part
+        stored = {**stored, "holdout": 0, "dataset_name": None}
     for name, value in given.items():
         if name not in may_change and value != stored[name]:
             raise UsageError(
@@ -528,6 +528,8 @@ def continue_with(given: dict, stored: dict, path: Path, may_change: set[str]) -
 def as_flags_give(stored: dict, path: Path) -> dict:
     """The same options from flags that say them, held to the rules of flags; UserError."""
     words = []
+    if isinstance(stored["dataset_name"], str):  # older runs stored any
+        stored = {**stored, "dataset_name": printable(stored["dataset_name"])}
     try:
         for name, value in stored.items():
             if value is True:
@@ -539,7 +541,7 @@ def as_flags_give(stored: dict, path: Path) -> dict:
         options = fill_in(vars(make_parser().parse_args(words)))
         if odd := [name for name in options if options[name] != stored[name]]:
             raise UsageError(f"{odd[0]} {stored[odd[0]]!r} is not what flags give")
-    except (UsageError, TypeError) as error:  # TypeError: no JSON
+    except (UsageError, TypeError, RecursionError) as error:  # of what is no JSON, or nested without end
         raise UserError(f"the options in {path} cannot be a run's: {error}") from error
     return options
 
@@ -553,7 +555,7 @@ def check_options(options: dict, ngpu: int, trains: bool, stored: bool) -> None:
     """
     drops, ratio = len(options["epoch_step"]), options["lr_decay_ratio"]
     for name in ("lr", "lrg"):
-        if (options[name] or 0) * ratio**drops >= HUGE:
+        if options[name] and math.log(options[name]) + drops * math.log(ratio) >= math.log(HUGE):
             raise UsageError(f"--lr_decay_ratio {ratio}: after {drops} drops --{name} is not below {HUGE}")
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise UsageError(
@@ -579,7 +581,7 @@ def check_training(options: dict, size: int, stored: bool) -> None:
         raise UsageError(f"--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; {advice}")
     if batch % size:
         nearest = f"the nearest is {max(1, round(batch / size)) * size}"
-        divisors = ", ".join(str(count) for count in range(1, batch + 1) if batch % count == 0)
+        divisors = ", ".join(str(count) for count in range(1, size) if batch % count == 0)
         advice = f"the run goes on with one of {divisors} processes" if stored else nearest
         raise UsageError(f"--batchSize {batch} does not divide among {size} processes; {advice}")
     if options["model"] in VGGS and batch == size:

@@ -153,7 +153,9 @@ def disk_errors_said_once() -> Iterator[None]:
     before = threading.excepthook
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
-        if not issubclass(args.exc_type, OSError):
+        if not (
+            issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard")
+        ):
             before(args)
 
     threading.excepthook = of_thread

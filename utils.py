@@ -328,7 +328,7 @@ def mend_log(directory: Path, history: list[dict]) -> None:
     log = directory / LOG
     if not log.is_file() or log.read_bytes() != "".join(map(_log_line, history)).encode():
         RunLog(directory, history)
-        print(f"note: {log} did not have all epochs, and was written anew from the checkpoint", flush=True)
+        print(f"note: {log} differed from the checkpoint's epochs, and was written anew", flush=True)
 
 
 def _log_line(stats: dict) -> str:
@@ -344,10 +344,10 @@ class StopRequest:
     Args:
         deadline: on `time.monotonic()`'s clock, in seconds; None: none.
 
-    Within `with`, the first of SIGNALS is noted, and a second one ends the process; in a thread that is not
-    Python's main one, signals stay as they are. Where the run has several processes, a signal or deadline of
-    one stops all; the launcher sends its signals more than once, and ends by itself what does not stop in
-    time, so that there the signals stay caught.
+    Within `with`, the first of each of SIGNALS is noted, and the same once more ends the process; in a thread
+    that is not Python's main one, signals stay as they are. Where the run has several processes, a signal or
+    deadline of one stops all; the launcher sends its signals more than once, and ends by itself what does not
+    stop in time, so that there the signals stay caught.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

@@ -12,7 +12,7 @@ out=logs/quickstart
 mkdir -p "$out"
 exec 9>"$out/lock" # held until this script ends
 "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null ||
-    fail "quickstart.sh: error: another quick start is writing to $out; wait for it"
+    fail "quickstart.sh: error: cannot lock $out; if another quick start is writing there, wait for it"
 
 # A run takes 165 steps, the paper's 78,125. Its Euclidean rate of 0.01 for SGD-G and Adam-G is made for
 # those: here the last layer would stay behind (training loss 0.4 to 0.5 at the end, against SGD's 0.2). Hence

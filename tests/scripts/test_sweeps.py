@@ -234,7 +234,7 @@ def test_a_second_quick_start_leaves_the_first_alone(tree):
         fcntl.flock(held, fcntl.LOCK_EX)
         done = run(["bash", tree / "scripts/quickstart.sh"], tree)
     assert done.returncode == 1
-    assert re.fullmatch(r"setting up\nquickstart\.sh: error: another quick start [^\n]+\n", done.stderr)
+    assert re.fullmatch(r"setting up\nquickstart\.sh: error: cannot lock [^\n]+\n", done.stderr)
     assert kept.exists()
 
 

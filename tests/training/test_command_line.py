@@ -599,11 +599,16 @@ class TestOtherPictures:
         outcome = call("--resume", finished["SGD"][0], "--eval", "--dataset", "digits")
         assert_one_sentence(outcome, 1, "digits has 10 classes", "network 3")
 
-    def test_a_run_with_held_out_pictures_is_evaluated_on_the_test_set_too(self, tiny, tmp_path):
+    def test_a_run_with_held_out_pictures_is_evaluated_on_the_test_set_too(
+        self, tiny, pictures_root, tmp_path
+    ):
         assert call(*tiny("SGD", tmp_path / "run", "--holdout", 12)).code == 0
         words = ["--resume", tmp_path / "run", "--eval"]
         assert "on 12 held-out training pictures of folder" in call(*words).out
         assert "on 18 test pictures of folder" in call(*words, "--holdout", 0).out
+        other = shutil.copytree(pictures_root, tmp_path / "other")
+        shutil.rmtree(other / "train")
+        assert "on 18 test pictures of folder" in call(*words, "--dataroot", other).out
 
 
 def test_too_little_memory_is_one_sentence(tiny, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Each case draws from a seed of its own, which its name shows; `long` ones draw for ten minutes in all.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -62,6 +63,41 @@ def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(tiny, finished
     assert call("--resume", save).code == 0
     assert bits(load(save)["model"]) == bits(load(finished["SGDG"][0])["model"])
     assert not (save / "checkpoint.previous.pt").exists()  # a finished run takes the room of one
+
+
+def test_no_part_of_a_checkpoint_can_be_of_any_other_kind(finished, tmp_path):
+    state = load(finished["AdamG"][0])
+    odd = [*ODD_VALUES, torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"), {**state["options"], 3: 4}]
+    for part in state:
+        for value in odd:
+            torch.save({**state, part: value}, tmp_path / "checkpoint.pt")
+            with contextlib.suppress(UserError):
+                parse_options(["--resume", str(tmp_path), "--epochs", "3"])
+
+
+@pytest.mark.parametrize("change", ["emptied", "step", "negative", "momentum"])
+def test_an_optimizers_state_that_cannot_be_the_runs_is_refused(finished, tmp_path, change):
+    save = shutil.copytree(finished["AdamG"][0], tmp_path / "run")
+    state = load(save)
+    values = state["optimizer"]["state"]
+    if change == "emptied":
+        values.clear()
+    elif change == "step":
+        values[0]["step"] += 1
+    elif change == "negative":
+        values[0]["second_moment"] *= -1
+    else:
+        state["optimizer"]["param_groups"][0]["momentum"] = 0.8
+    torch.save(state, save / "checkpoint.pt")
+    assert_one_sentence(call("--resume", save, "--epochs", 3), 1, "checkpoint")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(finished, tmp_path, monkeypatch):
+    def stale(*args, **kwargs):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(torch, "load", stale)
+    assert_one_sentence(call("--resume", finished["SGD"][0], "--eval"), 1, "cannot read .*Stale file handle")
 
 
 def places(value, path=()):
