@@ -238,9 +238,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict, steps: int) -
         for name, value in state.items():
             if value.shape != shapes.get(name) or value.dtype != torch.float32:
                 raise ValueError("its optimizer's state has other shapes")
-            if name != "momentum_buffer" and (value < 0).any():
+            if name != "momentum_buffer" and not (value >= 0).all():
                 raise ValueError(f"its optimizer's {name} is below 0")
-            if name == "step" and steps and value != steps:
+            if name == "step" and steps and not value == steps:
                 raise ValueError("its optimizer has made another number of steps")
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 

@@ -581,7 +581,7 @@ def check_training(options: dict, size: int, stored: bool) -> None:
         raise UsageError(f"--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; {advice}")
     if batch % size:
         nearest = f"the nearest is {max(1, round(batch / size)) * size}"
-        divisors = ", ".join(str(count) for count in range(1, size) if batch % count == 0)
+        divisors = ", ".join(str(count) for count in range(1, min(batch, 1000) + 1) if batch % count == 0)
         advice = f"the run goes on with one of {divisors} processes" if stored else nearest
         raise UsageError(f"--batchSize {batch} does not divide among {size} processes; {advice}")
     if options["model"] in VGGS and batch == size:
