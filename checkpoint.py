@@ -160,7 +160,9 @@ PARTS = {
     "model": are_tensors,
     "optimizer": is_optimizer,
     "scaler": lambda value: isinstance(value, dict) and all(map(is_amount, value.values())),
-    "probe": lambda value: is_count(value["steps"]) and are_tensors({"sums": value["sums"]}),
+    "probe": lambda value: type(value) is dict
+    and is_count(value["steps"])
+    and are_tensors({"sums": value["sums"]}),
     "epoch": is_count,
     "batch": is_count,
     "train_time": is_amount,

@@ -89,7 +89,7 @@ def test_an_optimizers_state_that_cannot_be_the_runs_is_refused(finished, tmp_pa
     else:
         state["optimizer"]["param_groups"][0]["momentum"] = 0.8
     torch.save(state, save / "checkpoint.pt")
-    assert_one_sentence(call("--resume", save, "--epochs", 3), 1, "checkpoint")
+    assert_one_sentence(call("--resume", save, "--epochs", 3), 1, "not whole")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(finished, tmp_path, monkeypatch):
