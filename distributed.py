@@ -235,6 +235,9 @@ def launch(count: int, program: list[str]) -> int:
         return 128 + stop.sigval
     except ChildFailedError as error:
         # A signal's, if any: the others end because of it. (torch would take the first by whole seconds.)
+        codes = [failure.exitcode for failure in error.failures.values()]
+        if asked := [code for code in codes if code > 128]:
+            return asked[0]  # a stop, after which the launcher may have ended one that was just leaving
         by_signal = [number for number, failure in error.failures.items() if failure.exitcode < 0]
         number = by_signal[0] if by_signal else error.get_first_failure()[0]
         code = error.failures[number].exitcode

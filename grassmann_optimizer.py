@@ -310,7 +310,7 @@ class _GrassmannOptimizer(Optimizer):
             found = tuple(value.shape) if isinstance(value, Tensor) else value
             if found != shapes[key] and (value is not None or group["grassmann"]):  # None: an older torch's
                 raise ValueError(f"{where} has {key!r} {found}, where shape {shapes[key]} is needed")
-            if shapes[key] and value is not None and _is_sharded(value) != _is_sharded(p):
+            if shapes[key] and value is not None and _placements(value) != _placements(p):
                 raise ValueError(f"{where} has {key!r} not sharded like it: use torch.distributed.checkpoint")
         return state
 
@@ -423,7 +423,7 @@ def _check_options(group: dict, known: list[str]) -> None:
         if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in known):
             continue  # a name of its own, such as a scheduler's initial_lr or max_momentum
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.79)
-        if close := close or [name for name in known if len(key) > 2 and name.startswith(key)]:  # eps
+        if close := close or [name for name in known if (key, name) == ("eps", "epsilon")]:
             raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Invalid lr value: {group['lr']} (a tensor must be 1-element)")
@@ -730,7 +730,11 @@ def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -
 
 def _is_sharded(t: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 (`fully_shard`) makes: several processes share its rows."""
-    return hasattr(t, "placements")  # importing DTensor takes half a second
+    return _placements(t) is not None
+
+
+def _placements(t: Tensor) -> tuple | None:
+    return getattr(t, "placements", None)  # importing DTensor takes half a second
 
 
 def _local(t: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -173,8 +173,12 @@ def refuse_other_shards(Optimizer):
     plain.grad = torch.ones(4, 6)
     one = Optimizer([plain], grassmann=True)
     one.step()
-    with pytest.raises(ValueError, match=r"not sharded.*torch\.distributed\.checkpoint"):
-        Optimizer([rows], grassmann=True).load_state_dict(one.state_dict())
+    states = [one.state_dict() for _ in range(2)]
+    momentum = states[1]["state"][0]["momentum_buffer"]
+    states[1]["state"][0]["momentum_buffer"] = distribute_tensor(momentum, mesh, [Replicate()])
+    for state in states:  # a copy on each process would be changed in its copy alone
+        with pytest.raises(ValueError, match=r"not sharded.*torch\.distributed\.checkpoint"):
+            Optimizer([rows], grassmann=True).load_state_dict(state)
 
 
 def load_what_zero_left_out(Optimizer, rank):

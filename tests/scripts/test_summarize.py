@@ -18,6 +18,8 @@ import runs
 import summarize
 from helpers import ROOT
 
+import options
+
 OPTIONS = {
     "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",
     "seed": 0, "epochs": 5, "epoch_step": [], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
@@ -742,3 +744,8 @@ def test_names_break_neither_markdown_nor_csv(drawn):
     links = re.findall(r"\]\((.*?)\)", plain)
     assert len(links) == 3
     assert set(links) < drawn
+
+
+def test_what_may_change_in_a_run_is_the_same_for_training_and_tables():
+    """Two lists, since reading logs needs no torch."""
+    assert set(runs.MAY_CHANGE) == options.MAY_CHANGE

@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_one_sentence, bits, call, contents, load, stop_at
+from helpers import assert_one_sentence, assert_same_run, bits, call, contents, load, stop_at
 
 import main
 from checkpoint import load_checkpoint
@@ -75,21 +75,36 @@ def test_no_part_of_a_checkpoint_can_be_of_any_other_kind(finished, tmp_path):
                 parse_options(["--resume", str(tmp_path), "--epochs", "3"])
 
 
-@pytest.mark.parametrize("change", ["emptied", "step", "negative", "momentum"])
-def test_an_optimizers_state_that_cannot_be_the_runs_is_refused(finished, tmp_path, change):
-    save = shutil.copytree(finished["AdamG"][0], tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("AdamG", lambda values, groups: values.clear()),
+        ("SGD", lambda values, groups: values.pop(0)),
+        ("AdamG", lambda values, groups: values[0]["step"].add_(1)),
+        ("AdamG", lambda values, groups: values[0]["second_moment"].neg_()),
+        ("SGD", lambda values, groups: values[0].update(momentum_buffer=values[0]["momentum_buffer"][None])),
+        ("AdamG", lambda values, groups: groups[0].update(momentum=0.8)),
+        ("SGD", lambda values, groups: groups[0]["params"].reverse()),
+    ],
+)
+def test_an_optimizers_state_that_cannot_be_the_runs_is_refused(finished, tmp_path, method, change):
+    save = shutil.copytree(finished[method][0], tmp_path / "run")
     state = load(save)
-    values = state["optimizer"]["state"]
-    if change == "emptied":
-        values.clear()
-    elif change == "step":
-        values[0]["step"] += 1
-    elif change == "negative":
-        values[0]["second_moment"] *= -1
-    else:
-        state["optimizer"]["param_groups"][0]["momentum"] = 0.8
+    change(state["optimizer"]["state"], state["optimizer"]["param_groups"])
     torch.save(state, save / "checkpoint.pt")
     assert_one_sentence(call("--resume", save, "--epochs", 3), 1, "not whole")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(finished, tmp_path, method):
+    for name in ("as it was", "edited"):
+        save = shutil.copytree(finished[method][0], tmp_path / name)
+        state = load(save)
+        for group in state["optimizer"]["param_groups"] if name == "edited" else []:
+            group["lr"] *= 2
+        torch.save(state, save / "checkpoint.pt")
+        assert call("--resume", save, "--epochs", 3).code == 0
+    assert_same_run(tmp_path / "edited", tmp_path / "as it was")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(finished, tmp_path, monkeypatch):

@@ -546,27 +546,49 @@ def test_ngpu_starts_the_processes_and_a_stop_reaches_them(number, tiny, ranks, 
     assert_same_run(save, tmp_path / "whole", but=("epochs",))
 
 
-def test_ngpu_names_a_process_that_was_killed(tiny, tmp_path):
-    save = tmp_path / "run"
+def signal_one_of_ngpu(number, tiny, save) -> tuple[int, str, str]:
+    """Exit code and outputs of a run of two processes, of which the second gets the signal."""
     process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 1000))
     wait_for_an_epoch(save, process)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGKILL
+    os.kill(children(process.pid)[1], number)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def test_ngpu_names_a_process_that_was_killed(tiny, tmp_path):
+    save = tmp_path / "run"
+    code, _, err = signal_one_of_ngpu(signal.SIGKILL, tiny, save)
+    assert code == 128 + signal.SIGKILL
     assert err.endswith("main.py: error: rank 1 was ended by SIGKILL\n")
     assert err.count("continue with --resume") <= 1
     assert "Traceback" not in err
     assert load(save)["epoch"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("codes", "result", "said"),
+    [
+        ([143, -15], 143, ""),  # asked to stop, and one was ended by the launcher while it left
+        ([-9, 1], 137, "main.py: error: rank 0 was ended by SIGKILL\n"),
+        ([1, -9], 137, "main.py: error: rank 1 was ended by SIGKILL\n"),
+        ([1, 1], 1, ""),  # they have said why
+    ],
+)
+def test_the_launcher_tells_a_stop_from_a_death(codes, result, said, monkeypatch, capsys):
+    def fail(words):
+        failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)}
+        raise ChildFailedError("main.py", failures)
+
+    monkeypatch.setattr(torch.distributed.run, "main", fail)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert distributed.launch(2, ["main.py"]) == result
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.long
 def test_a_signal_to_a_process_of_ngpu_stops_all(tiny, tmp_path):
-    save = tmp_path / "run"
-    process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 1000))
-    wait_for_an_epoch(save, process)
-    os.kill(children(process.pid)[1], signal.SIGTERM)
-    out, err = process.communicate()
-    assert (process.returncode, err, out.count("stopped by SIGTERM")) == (143, "", 1)
+    code, out, err = signal_one_of_ngpu(signal.SIGTERM, tiny, tmp_path / "run")
+    assert (code, err, out.count("stopped by SIGTERM")) == (143, "", 1)
 
 
 @pytest.mark.long
