@@ -64,6 +64,8 @@ def load_checkpoint(path: Path) -> dict:
             raise UserError(f"{path} is not a whole checkpoint, it has no {name!r}; {way_back(path)}")
         if name in state and not holds(is_right, state[name]):
             raise UserError(f"{path} is a damaged checkpoint, its {name!r} cannot be right; {way_back(path)}")
+    if state["epoch"] != len(state["history"]):
+        raise UserError(f"{path} is a damaged checkpoint, its history has gaps; {way_back(path)}")
     return state
 
 

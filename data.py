@@ -255,7 +255,7 @@ def _load_folder(root: Path, name: str, evaluation: bool) -> DataSet:
             f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}"
         )
     shown = tuple(map(printable, classes))
-    passed_over: list[Path] = []
+    passed_over = [path for path in _visible(root) if not path.is_dir()]
     found = {part: _find_pictures(root / part, classes, passed_over) for part in parts}
     counts = {part: list(map(len, groups)) for part, groups in found.items()}
     _print_found(counts, shown, passed_over)

@@ -221,8 +221,6 @@ class Training:
         with reading_checkpoint():
             if state["data_sha256"] != self.data.sha256:
                 self.take_other_pictures(state)
-            if state["epoch"] != len(state["history"]):
-                raise ValueError("its history has gaps")
             load_model(self.model, state["model"])
             for name in self.PLAIN:
                 setattr(self, name, {"weights_from": None, **state}[name])  # older ones know no such origin

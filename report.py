@@ -153,9 +153,8 @@ def disk_errors_said_once() -> Iterator[None]:
     before = threading.excepthook
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
-        if not (
-            issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard")
-        ):
+        its_thread = type(args.thread).__module__.startswith("tensorboard")
+        if not (its_thread and issubclass(args.exc_type, OSError)):
             before(args)
 
     threading.excepthook = of_thread

@@ -565,6 +565,12 @@ def test_a_compiler_that_fails_is_one_sentence(tiny, tmp_path, monkeypatch):
     assert_one_sentence(outcome, 1, "--compile failed", "InvalidCxxCompiler", "leave it out")
 
 
+def test_a_directory_whose_name_tensorboard_cannot_write_is_refused(tiny, tmp_path):
+    outcome = call(*tiny("SGD", f"{tmp_path}/\udcff"))
+    assert_one_sentence(outcome, 2, r"\\udcff is not UTF-8", "another --save")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_home_directory_is_known_without_a_shell(tiny, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(finished["SGD"][0], tmp_path / "run")
@@ -609,6 +615,9 @@ class TestOtherPictures:
         other = shutil.copytree(pictures_root, tmp_path / "other")
         shutil.rmtree(other / "train")
         assert "on 18 test pictures of folder" in call(*words, "--dataroot", other).out
+        moved = shutil.copytree(pictures_root, tmp_path / "moved")  # goes on with what was held out
+        assert call("--resume", tmp_path / "run", "--dataroot", moved, "--epochs", 3).code == 0
+        assert load(tmp_path / "run")["options"]["holdout"] == 12
 
 
 def test_too_little_memory_is_one_sentence(tiny, tmp_path, monkeypatch):

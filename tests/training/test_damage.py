@@ -95,6 +95,54 @@ def test_an_optimizers_state_that_cannot_be_the_runs_is_refused(finished, tmp_pa
     assert_one_sentence(call("--resume", save, "--epochs", 3), 1, "not whole")
 
 
+@pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory):
+    """The directory of a run that was stopped after an epoch and a step."""
+    save = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 8)
+        assert call(*tiny("SGDG", save)).code == 143
+    assert (load(save)["epoch"], load(save)["batch"]) == (1, 1)
+    return save
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("history", lambda part: part[0].update(epoch=2), "history"),
+        ("history", lambda part: part[0].update(test_loss=math.nan), "history"),
+        ("history", lambda part: part[0].update(note=math.inf), "history"),
+        ("history", lambda part: part.clear(), "gaps"),
+        ("sums", lambda part: part.fill_(math.nan), "sums"),
+        ("sums", lambda part: part.neg_(), "sums"),
+        ("batch", lambda part: 4, "more steps"),
+        ("epoch", lambda part: 2, "gaps"),
+        ("options", lambda part: part.update(lr=0.02), "options"),
+        ("options", lambda part: part.update(epoch_step=[]), "options"),
+        ("options", lambda part: part.update(omega=math.nan), "omega"),
+        ("options", lambda part: part.update(depth="10"), "depth"),
+        ("probe", lambda part: part.update(sums=part["sums"][:1].clone()), "other layers"),
+        ("probe", lambda part: part["sums"].fill_(math.inf), "probe"),
+        ("model", lambda part: part.update({"fc.bias": part["fc.bias"].double()}), "precision"),
+        ("model", lambda part: part["fc.bias"].fill_(math.nan), "model"),
+        ("generators", lambda part: part.clear(), "generators"),
+        ("statistics", lambda part: part[1].__setitem__(0, 0.0), "statistics"),
+        ("train_time", lambda part: -1.0, "train_time"),
+        ("scaler", lambda part: part.update(scale=math.nan), "scaler"),
+    ],
+)
+def test_each_part_of_a_checkpoint_is_held_to_what_it_can_be(stopped, tmp_path, part, change, said):
+    save = shutil.copytree(stopped, tmp_path / "run")
+    state = load(save)
+    other = change(state[part])
+    if isinstance(other, (int, float)):
+        state[part] = other
+    torch.save(state, save / "checkpoint.pt")
+    before = contents(save)
+    assert_one_sentence(call("--resume", save), 1, said)
+    assert contents(save) == before
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(finished, tmp_path, method):
     for name in ("as it was", "edited"):
@@ -240,6 +288,18 @@ LIMITS = {
     "SGDG": {"lrg": 9e37, "omega": 9e37, "grad_clip": 9e37, "lr_decay_ratio": 9e37, "momentum": BELOW_ONE},
     "AdamG": {"lrg": 9e37, "omega": 9e37, "grad_clip": 1e-99, "lr_decay_ratio": 1e-99, "momentum": BELOW_ONE},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "ratio", "drops"),
+    [("SGD", "lr", 1e20, [1, 2]), ("SGDG", "lrg", 3e36, [1, 2]), ("SGD", "lr", 1e37, list(range(1, 20)))],
+)
+def test_rates_after_the_last_drop_are_numbers_too(tiny, tmp_path, method, rate, ratio, drops):
+    # Of SGDG's two rates only the larger one is too large: lr 1e-30 is not.
+    words = ["--lr_decay_ratio", ratio, "--epoch_step", drops, *(["--lr", 1e-60] if rate == "lrg" else [])]
+    outcome = call(*tiny(method, tmp_path / "run", *words))
+    assert_one_sentence(outcome, 2, f"--{rate} is not below")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method in LIMITS for name in LIMITS[method]])

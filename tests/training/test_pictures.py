@@ -204,7 +204,7 @@ class TestFolder:
             capsys.readouterr().out
             == "pictures: 4 to train and 2 to test, in 2 classes: green 2+1, red 2+1\n"
         )
-        for name in ("train/0.png", "train/red/a/notes.txt", "test/red/0.psd", "test/.DS_Store"):
+        for name in ("0.png", "train/0.png", "train/red/a/notes.txt", "test/red/0.psd", "test/.DS_Store"):
             write_picture(folder / "new.png")
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / "new.png").rename(folder / name)
@@ -212,9 +212,7 @@ class TestFolder:
         load_data("folder", folder)
         found, note = capsys.readouterr().out.splitlines()
         assert found == "pictures: 5 to train and 2 to test, in 2 classes: green 2+1, red 3+1"
-        assert note.startswith(
-            f"note: files passed over: 3, such as {folder}/train/0.png; read are .avif, .bmp, "
-        )
+        assert note.startswith(f"note: files passed over: 4, such as {folder}/0.png; read are .avif, .bmp, ")
 
     def test_for_evaluation_the_test_part_is_enough(self, folder, capsys):
         whole = load_data("folder", folder, evaluation=True)

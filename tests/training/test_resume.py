@@ -39,6 +39,9 @@ TEST_BATCHES = 2  # of an evaluation of `tiny`
 CHECKS = STEPS + 1 + TEST_BATCHES + 1
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # of a user, a terminal, Slurm
+
+
 def stopped_run(tiny, monkeypatch, method, save, check, *flags):
     """A run that stops at a check and has everything to continue."""
     with monkeypatch.context() as patch:
@@ -140,7 +143,7 @@ class TestStop:
         # Called from Python, the call counts: the process may be a notebook that has been open for days.
         assert "finished 2 epochs" in call(*tiny("SGD", tmp_path / "run", "--max_minutes", 4)).out
 
-    @pytest.mark.parametrize("number", utils.StopRequest.SIGNALS)
+    @pytest.mark.parametrize("number", SIGNALS)
     def test_a_signal_finishes_the_step_and_exits_with_128_plus_its_number(
         self, tiny, finished, tmp_path, monkeypatch, number, no_nohup
     ):
@@ -191,7 +194,7 @@ class TestCalledFromPython:
     """As from a notebook."""
 
     def settings(self):
-        handlers = [signal.getsignal(number) for number in utils.StopRequest.SIGNALS]
+        handlers = [signal.getsignal(number) for number in SIGNALS]
         cudnn = torch.backends.cudnn
         return handlers, list(warnings.filters), threading.excepthook, cudnn.deterministic, cudnn.allow_tf32
 
@@ -339,7 +342,7 @@ class TestResume:
         assert_same_run(save, finished["SGDG"][0])
 
 
-@pytest.mark.parametrize("number", utils.StopRequest.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_asked_twice_the_process_ends_at_once(number, no_nohup):
     before = signal.getsignal(number)
     with utils.StopRequest(None) as stop:

@@ -9,9 +9,11 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +246,15 @@ class TestTensorBoard:
         events = board(save)
         assert [event.value for event in events.Scalars("hparam/epochs")] == [2, 3]
         assert b"epochs" not in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+
+    def test_errors_of_other_threads_are_still_printed(self, monkeypatch):
+        told = []
+        monkeypatch.setattr(threading, "excepthook", told.append)
+        with report.disk_errors_said_once():
+            thread = threading.Thread(target=lambda: Path("/nowhere").read_text())
+            thread.start()
+            thread.join()
+        assert [args.exc_type for args in told] == [FileNotFoundError]
 
     def test_a_full_disk_is_one_sentence(self, tiny, tmp_path, monkeypatch):
         written, write = [], RecordWriter.write
