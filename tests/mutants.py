@@ -74,7 +74,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('utils.set_generator_states(ranks[rank]["generators"], self.device)', "pass", "resume stopped_run_ends"),
         ('self.probe.load_state_dict(state["probe"])', "pass", "resume stopped_run_ends"),
         ("                self.schedule.step()\n", "                pass\n", "resume stopped_run_ends"),
-        ("            if self.batch > len(self.plan()):", "            if False:", "damage edited"),
         ("self.mean, self.std = mean, std", "pass", "flags normalized_as"),
         ("(options.save / PREVIOUS).unlink(missing_ok=True)", "None", "run left_over"),
         ('if state["data_sha256"] != self.data.sha256:', "if False:", "flags other_pictures"),
@@ -113,6 +112,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("self.sums.copy_(sum(other[\"sums\"] for other in ranks))", "self.sums.copy_(ranks[0][\"sums\"])", "ranks another_number"),
         ("if options.zero and distributed.size() > 1:", "if False:", "ranks step_of_zero"),
         ("        if message:\n            print(message)", "        if message:\n            pass", "ranks summary_and"),
+        ("if self.batch > len(self.plan()):", "if self.batch >= len(self.plan()):", "resume stopped_run_ends"),
+        ("if any(told.get(name, value) != value for", "if any(False for", "damage each_part"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
@@ -129,6 +130,9 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if done > options.epochs:", "if False:", "flags fewer_epochs"),
         (').strip("-") or "folder"', ') or "folder"', "flags save_has_a_default"),
         ('(name == "auto" and torch.cuda.is_available())', "False", "flags auto_takes_a_gpu"),
+        ("if options[name] and math.log(options[name]) +", "if False and math.log(options[name]) +", "damage last_drop"),
+        ('stored = {**stored, "holdout": 0, "dataset_name": None}', 'stored = {**stored, "dataset_name": None}', "flags TestOtherPictures"),
+        ('if others and "holdout" in may_change:', "if others:", "flags TestOtherPictures"),
     ],
     "report.py": [
         ('"loss/train": stats["train_loss"],', '"loss/train": stats["test_loss"],', "run TestTensorBoard"),
@@ -143,6 +147,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("(steps - self.done) * self.batch_size", "steps * self.batch_size", "run speed"),
         ("len(classes) > 5", "len(classes) >= 5", "run top5"),
         ("len(self.NAMES), device=device)", "len(self.NAMES))", "dry never_waits"),
+        ("if not (its_thread and issubclass(args.exc_type, OSError)):", "if False:", "run other_threads"),
+        ('if state["sums"].shape != self.sums.shape:', "if False:", "damage each_part"),
     ],
     "utils.py": [
         ('open(temporary, "wb")', 'open(path, "wb")', "run TestInterruptedWrite"),
@@ -173,6 +179,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("                if not by_nohup:\n", "                if True:\n", "resume nohup"),
         ('log.read_bytes() != "".join(map(_log_line, history)).encode()', "False", "damage config_or_log"),
         ('if dtype == "bfloat16" and device.type == "cpu":', 'if dtype == "bfloat16":', "run no_note_where"),
+        ('if str(save) != os.fsencode(save).decode(errors="replace"):', "if False:", "flags tensorboard_cannot_write"),
     ],
     "checkpoint.py": [
         ('if name == "step" and steps and not value == steps:', "if False:", "damage optimizers_state"),
@@ -185,7 +192,10 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('{"state": states, "param_groups": groups}', "stored", "damage rates_are"),
         ("os.link(path, previous)", "pass", "damage before_a_damaged"),
         ("has_state and not state and (steps or any(states.values()))", "False", "damage optimizers_state"),
-        ("        if name in state and not holds(is_right, state[name]):", "        if False:", "damage edited"),
+        ("        if name in state and not holds(is_right, state[name]):", "        if False:", "damage each_part"),
+        ('if state["epoch"] != len(state["history"]):', "if False:", "damage each_part"),
+        ("== list(range(1, len(value) + 1))", "is not None", "damage each_part"),
+        ("value.dtype == torch.float64 and all(map(is_amount, value.tolist()))", "value.dtype == torch.float64", "damage each_part"),
     ],
     "benchmarks/train_throughput.py": [
         ('state.get("step", y.new_zeros(())) + 1', 'state.get("step", y.new_zeros(())) + 2', "benchmarks same_network"),
