@@ -341,8 +341,9 @@ class SGDG(_GrassmannOptimizer):
     on G(1, n) (without them the first step warns).
 
     On G(1, n) the state is `momentum_buffer` (tau, shaped as the weight), and:
-    - The first step makes rows unit, except where a rate of 0 moves nothing. A zero row stays zero until a
-      gradient comes, and then becomes its step's direction: pruned rows come back at full length.
+    - The first step makes rows unit, except where a rate of 0 moves nothing (a rate that is a tensor on a GPU
+      is not looked at). A zero row stays zero until a gradient comes, and then becomes its step's direction:
+      pruned rows come back at full length.
     - lr = 0 does not stop rows with momentum, as the rate is inside it. To stop a layer, leave it without
       gradients: `weight.requires_grad_(False)` and `zero_grad()`.
     - One NaN in a gradient makes its row NaN, and with omega > 0 in the next step the whole weight.
@@ -471,7 +472,8 @@ def grassmann_weights(
             invariant. Or the names of the weights.
 
     ValueError: another `select`, or one that does not go with `loss_fn`; a parameter without a shape yet
-    (lazy); a weight that is zero, so without directions, or that no gradient reaches to measure it.
+    (lazy); a weight that is zero, so without directions (FSDP2's are gathered to see it), or that no gradient
+    reaches to measure it.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _refuse("give the model a batch first, uninitialized:", [n for n, p in trainable.items() if is_lazy(p)])
@@ -490,6 +492,7 @@ def grassmann_weights(
         _refuse("select: no trainable parameter", set(chosen) - trainable.keys())
     weights = {name: p for name, p in trainable.items() if name in chosen}
     known = [(n, p) for n, p in weights.items() if type(p) is nn.Parameter and not p.is_meta and p.numel()]
+    known += [(n, p.full_tensor()) for n, p in weights.items() if _is_sharded(p) and not p.is_meta]
     _refuse("initialize, or do not select, what has no direction:", [n for n, p in known if not p.any()])
     return weights
 

@@ -317,6 +317,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("part.is_shard(0)", "part.is_shard()", "frameworks two_processes"),
         ("return torch.addmm(g, gram, whole, alpha=2 * omega)", "return g", "frameworks two_processes"),
         ('given["state"].items() if state is not None', 'given["state"].items()', "frameworks two_processes"),
+        ("for n, p in weights.items() if _is_sharded(p) and not p.is_meta]", "for n, p in ()]", "frameworks two_processes"),
     ],
     "scripts/summarize.py": [
         ('"test_error": median(errors) if', '"test_error": sum(errors) / len(errors) if', "tables median"),

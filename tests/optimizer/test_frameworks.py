@@ -169,6 +169,10 @@ def refuse_other_shards(Optimizer):
     rows, columns = (nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(i)])) for i in (0, 1))
     with pytest.raises(ValueError, match=r"whole rows.*Shard\(dim=1\)"):
         Optimizer([columns], grassmann=True)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 1))
+    nn.init.zeros_(fully_shard(model)[1].weight)
+    with pytest.raises(ValueError, match=r"no direction: '1\.weight'$"):
+        grassmann_param_groups(model, 0.01, 0.2)
     plain = nn.Parameter(torch.ones(4, 6))
     plain.grad = torch.ones(4, 6)
     one = Optimizer([plain], grassmann=True)
