@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -46,7 +47,8 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"there is no checkpoint {path}; give {hint} or a checkpoint file")
     try:
         check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch tells how it reads what cannot be right here
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path} ({error}); when that is mended, try again") from error
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
