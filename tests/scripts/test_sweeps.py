@@ -82,8 +82,8 @@ def tree(tmp_path):
 
 def environment(settings):
     """The tests' own with a sweep's settings (None: not set), no GPU, and nothing of an outer sweep."""
-    clean = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, "OMP_NUM_THREADS")}
     given = {"CUDA_VISIBLE_DEVICES": "", **settings}
+    clean = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, *given, "OMP_NUM_THREADS")}
     return clean | {name: str(value) for name, value in given.items() if value is not None}
 
 
