@@ -54,7 +54,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        weight_decay=options.weight_decay,\n", "", WRN),
         ("        grad_clip=options.grad_clip,\n", "", WRN),
         ("options.width, classes, options.dropout", "options.width, classes", WRN),
-        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper plain_loop[SGD]"),
+        ("VGGS[options.model], classes, options.dropout", "VGGS[options.model], classes", "paper a_run_of_a_vgg"),
         ("select=options.select,", 'select="shape",', "flags measured"),
         ("(x.float() - self.mean) / self.std", "x.float() / self.std", WRN),
         ("permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", WRN),

@@ -12,7 +12,9 @@ from helpers import METHODS, ROOT
 from torch.nn.functional import cross_entropy
 
 import options
+from grassmann_optimizer import grassmann_weights, scale_invariance
 from resnet import WideResNet
+from vgg import VGG
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -139,6 +141,20 @@ def test_the_code_that_measures_runs(capsys):
     exec(block, names)
     assert capsys.readouterr().out.count("True") == 3
     assert len(names["groups"][0]["params"]) == 3
+
+
+def test_the_table_of_scale_invariant_layers():
+    rows = [row for row in table_rows(METHOD) if len(row) == 4 and re.match(r"(WRN|VGG)-\d", row[0])]
+    assert len(rows) == 4
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for name, on_grassmann, invariant, _ in rows:
+        family, *size = name.lower().split("-")
+        model = WideResNet(*map(int, size), 10) if family == "wrn" else VGG(int(size[0]), 10)
+        chosen = grassmann_weights(model)
+        measured = scale_invariance(model, lambda net: cross_entropy(net(images), labels))
+        assert len(chosen) == int(on_grassmann), name
+        assert sum(m.invariant for m in measured if m.name in chosen) == int(invariant), name
 
 
 def test_the_file_map_is_whole():
