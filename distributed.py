@@ -145,7 +145,8 @@ def first(make: Callable[[], T]) -> T:
 def together(make: Callable[[], T]) -> T:
     """This process's `make()`; what one raises is raised on all: its own, or the first rank's."""
     value, error = attempt(make)
-    if error := error or next(filter(None, values(error)), None):
+    errors = [error, *values(error)]  # gathered first: a process that left at once would cut the others off
+    if error := next(filter(None, errors), None):
         raise error
     return value
 

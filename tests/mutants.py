@@ -218,7 +218,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if asked := [code for code in codes if code > 128]:", "if asked := []:", "ranks tells_a_stop"),
         ("redirect_stdout(nowhere):", "open(os.devnull):", "ranks summary_and"),
         ("return [mine]\n    gathered", "return [mine]\n    return [mine] * size()\n    gathered", "ranks whole_batch[SGDG]"),
-        ("error := error or next(filter(None, values(error)), None)", "error", "ranks fails_on_one_rank"),
+        ("[error, *values(error)]", "[error]", "ranks fails_on_one_rank"),
         ("dist.ReduceOp.MAX", "dist.ReduceOp.MIN", "ranks stopped_after_any_step and SGD-2"),
         ('return f"{lost}: continue with --resume"', "return None", "ranks dies_ends"),
         ('isinstance(error, dist.DistNetworkError) or any', "isinstance(error, dist.DistError) or any", "ranks error_of_the_connection"),

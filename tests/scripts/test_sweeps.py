@@ -48,9 +48,9 @@ def main(argv):
             os.kill(os.getpid(), signal.SIGKILL)
         return 1
     asked, parent = [], os.getppid()
-    if Path("slow").exists():
+    if Path("slow").exists() and not Path("late").exists():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: asked.append(1))
+            signal.signal(number, lambda *_: asked.append((save / "heard").touch()))
         (save / "started").touch()
         while (not asked or Path("deaf").exists()) and Path("slow").exists() and os.getppid() == parent:
             time.sleep(0.01)
@@ -146,8 +146,8 @@ def epochs_of(root):
     return {str(p.parent.relative_to(root)): len(p.read_text().splitlines()) for p in root.rglob("log.txt")}
 
 
-def wait_for_runs(tree, count):
-    while len(list(tree.rglob("started"))) < count:
+def wait_for_runs(tree, count, what="started"):
+    while len(list(tree.rglob(what))) < count:
         time.sleep(0.02)
 
 
@@ -357,6 +357,7 @@ def test_a_signal_asks_each_run_once_and_the_sweep_goes_on_later(tree, start, nu
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     process = start("--", "--dataroot", "a b", before=heard, **SMALL, JOBS=2)
     wait_for_runs(tree, 2)
+    (tree / "late").touch()  # what were started now would end at once
     (os.killpg if group else os.kill)(process.pid, number)
     out, _ = process.communicate()
     assert process.returncode == code
@@ -395,6 +396,7 @@ def test_nohup_keeps_a_sweep_going(tree, start):
 def test_a_lost_terminal_asks_the_runs_once_too(tree):
     """As after a dropped connection: the sweep can say nothing any more; SIGHUP may come twice."""
     (tree / "slow").touch()
+    (tree / "deaf").touch()
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
@@ -402,7 +404,9 @@ def test_a_lost_terminal_asks_the_runs_once_too(tree):
         os.execvpe("bash", command, environment(SMALL | {"JOBS": 2}))
     wait_for_runs(tree, 2)
     os.close(terminal)
+    wait_for_runs(tree, 2, "heard")
     os.kill(pid, signal.SIGHUP)
+    (tree / "deaf").unlink()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert [path.read_text() for path in tree.rglob("asked")] == ["1", "1"]
 

@@ -432,8 +432,16 @@ def test_what_fails_on_one_rank_is_said_once(tiny, ranks, tmp_path, monkeypatch)
             raise main.UserError("this disk is broken")
         return load_data(*args)
 
+    def say(sentence, code):
+        (tmp_path / f"rank {distributed.rank()}").write_text(sentence)
+        return utils_say(sentence, code)
+
+    utils_say = main.utils.say
+    monkeypatch.setattr(main.utils, "say", say)
     monkeypatch.setattr(main, "load_data", broken_elsewhere)
     assert_one_voice(ranks(2, *tiny("SGD", tmp_path / "run", *BATCH)), 1, "this disk is broken")
+    # The other stopped for the same reason, not for a lost connection.
+    assert (tmp_path / "rank 0").read_text() == (tmp_path / "rank 1").read_text() == "this disk is broken"
 
 
 def test_a_directory_that_cannot_be_written_is_said_once(tiny, ranks, tmp_path, monkeypatch):
