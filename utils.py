@@ -48,7 +48,8 @@ def answer(run: Callable[[], int]) -> int:
         return say(str(error), 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:  # whoever read the output has left, as `head` does
         distributed.first_to_say("failed")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # what a notebook prints to has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         return say(f"{error}; when that is mended, continue with --resume", 1)

@@ -41,7 +41,8 @@ NOT_HERE = {
     "train.py",
 }
 TEXT = {page: re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S) for page in PAGES}
-README, RUNNING, METHOD = (TEXT[page] for page in ("README.md", "docs/running.md", "docs/method.md"))
+PATHS = ("README.md", "docs/running.md", "docs/method.md", "docs/results.md")
+README, RUNNING, METHOD, RESULTS = (TEXT[page] for page in PATHS)
 ACTIONS = {flag: a for a in options.make_parser()._actions for flag in a.option_strings if a.dest != "help"}
 
 
@@ -222,10 +223,10 @@ def test_nothing_else_of_the_paper_is_cited_by_number():
 
 def test_the_papers_numbers_and_ours():
     """The paper's are those that the tables are made with; ours stand in the page made from the logs."""
-    rows = {row[0].lower(): row[1:4] for row in table_rows(README) if len(row) == 5 and " / " in "".join(row)}
+    rows = [row for row in table_rows(RESULTS) if len(row) == 5 and " / " in "".join(row)]
     said = {
-        (dataset, model): tuple(map(float, cell.split(" / ")))
-        for model, cells in rows.items()
+        (dataset, model.lower()): tuple(map(float, cell.split(" / ")))
+        for model, *cells, _ in rows
         for dataset, cell in zip(("CIFAR10", "CIFAR100", "SVHN"), cells, strict=True)
         if cell
     }
@@ -233,8 +234,7 @@ def test_the_papers_numbers_and_ours():
     assert said == paper
     ours = re.findall(r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+, n = \d+\)", README)
     assert ours
-    results = TEXT["docs/results.md"].replace("**", "")
-    assert [text for text in ours if text not in results] == []
+    assert [text for text in ours if text not in RESULTS.replace("**", "")] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
