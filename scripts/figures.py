@@ -83,8 +83,10 @@ def draw_row(row, path, x):
 
 
 def draw_losses(section, path, x):
-    """The training loss, a panel for each row with all its methods, on the same axes."""
+    """The training loss, on the same axes: a panel for each of the rows that compare the most methods."""
     rows = [row for row in section.rows if any(run.epochs for run in row.runs)]
+    most = max((len(row.cells) for row in rows), default=0)
+    rows = [row for row in rows if len(row.cells) == most]
     across = min(2, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(

@@ -355,6 +355,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if epoch <= last]", "]", "figures stand_behind_ours"),
         ("[len(run.epochs) // 5 :]", "", "figures fifth"),
         ("low > high / 4", "low > high / 2", "figures fifth"),
+        ("if len(row.cells) == most", "", "figures panel_for_each_row"),
         ("sharey=True", "sharey=False", "figures panel_for_each_row"),
         ("panel.set_title(title, parse_math=False)", "panel.set_title(title)", "figures panel_for_each_row"),
         ("next(n for n in numbered if n not in names)", "next(numbered)", "figures file_of_its_own"),

@@ -146,14 +146,17 @@ def test_the_papers_curves_stand_behind_nothing_else(panels, other):
     assert not any("paper" in label for label in labels(loss))
 
 
-def test_the_losses_of_a_section_are_a_panel_for_each_row(panels):
-    """On the same axes: two networks with two methods, one of them the paper's, and a run that goes on."""
+def test_the_losses_of_a_section_are_a_panel_for_each_row_that_compares(panels):
+    """On the same axes: two networks with two methods, one of them the paper's, and runs that go on."""
     named = {"dataset": "CIFAR10", "epochs": 30, "written": 30}
     rows = [
         make_row(*[make_run(m, 4.0, model="wrn-28-10", **named) for m in ("SGD", "SGD", "AdamG")]),
         make_row(*[make_run(m, 4.0, **named) for m in ("SGD", "SGDG")]),
-        make_row(make_run("SGDG", 4.0, **named | {"written": 3})),
-        make_row(make_run("SGD", 4.0, **named | {"written": 0})),  # nothing to draw yet
+        make_row(*[make_run(m, 4.0, **named | {"written": 3}) for m in ("SGDG", "AdamG")]),
+        make_row(
+            *[make_run(m, 4.0, **named | {"written": 0}) for m in ("SGD", "SGDG", "AdamG")]
+        ),  # nothing to draw yet
+        make_row(make_run("SGDG", 4.0, **named)),  # nothing to compare
     ]
     rows[1].experiment = "$\\frac"  # a formula, and a broken one, if it were read as such
     section = summarize.Section(rows)
