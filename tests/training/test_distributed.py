@@ -353,19 +353,28 @@ def test_help_is_printed_once(ranks):
 )
 def test_an_end_before_training_is_said_once(error, code, pattern, tiny, ranks, tmp_path, monkeypatch):
     """Ctrl-C on a terminal reaches all; the reader of the output leaves the first alone."""
-    load_data = main.load_data
+    print_start = main.report.print_start
 
     def interrupted(*args):
         if pattern or on_rank(0):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (a real file, as a process has)
             raise error
-        return load_data(*args)
+        return print_start(*args)
 
-    monkeypatch.setattr(main, "load_data", interrupted)
+    monkeypatch.setattr(main.report, "print_start", interrupted)
     outcomes = ranks(2, *tiny("SGD", tmp_path / "run", *BATCH))
     assert outcomes[0].code == code
     texts = [outcome.err for outcome in outcomes if outcome.err]
     assert [bool(re.search(pattern or "", text)) for text in texts] == [True] * bool(pattern)
+
+
+def test_a_reader_that_left_is_answered_where_output_is_no_file_too(tiny, tmp_path, monkeypatch):
+    def left(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(main.report, "print_start", left)  # `call` gives main.py a StringIO, as a notebook may
+    outcome = call(*tiny("SGD", tmp_path / "run"))
+    assert (outcome.code, outcome.err) == (141, "")
 
 
 def dead(*exit_codes):
