@@ -372,7 +372,7 @@ def test_a_reader_that_left_is_answered_where_output_is_no_file_too(tiny, tmp_pa
     def left(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(main.report, "print_start", left)  # `call` gives main.py a StringIO, as a notebook may
+    monkeypatch.setattr(main.report, "print_start", left)  # `call` gives main.py a StringIO
     outcome = call(*tiny("SGD", tmp_path / "run"))
     assert (outcome.code, outcome.err) == (141, "")
 
