@@ -49,7 +49,8 @@ def answer(run: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read the output has left, as `head` does
         distributed.first_to_say("failed")
         with suppress(OSError):  # what a notebook prints to has no number
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            number = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         return 128 + signal.SIGPIPE
     except OSError as error:
         return say(f"{error}; when that is mended, continue with --resume", 1)
