@@ -7,6 +7,7 @@ directory.
 
 import logging
 import os
+import pickle
 import signal
 import sys
 import time
@@ -134,7 +135,7 @@ def first(make: Callable[[], T]) -> T:
     """Rank 0's `make()`, on every rank; what it raises is raised on all."""
     value, error = attempt(make if rank() == 0 else lambda: None)
     if size() > 1:
-        outcome = [(value, error)]
+        outcome = [(value, portable(error))]
         dist.broadcast_object_list(outcome)
         value, error = (value, error) if rank() == 0 else outcome[0]
     if error:
@@ -145,7 +146,8 @@ def first(make: Callable[[], T]) -> T:
 def together(make: Callable[[], T]) -> T:
     """This process's `make()`; what one raises is raised on all: its own, or the first rank's."""
     value, error = attempt(make)
-    errors = [error, *values(error)]  # gathered first: a process that left at once would cut the others off
+    # Gathered before it is raised: a process that left at once would cut the others off.
+    errors = [error, *values(portable(error))]
     if error := next(filter(None, errors), None):
         raise error
     return value
@@ -157,6 +159,15 @@ def attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return make(), None
     except (Exception, SystemExit) as error:  # --help ends by SystemExit
         return None, error
+
+
+def portable(error: BaseException | None) -> BaseException | None:
+    """It as other processes can take it: in words where pickle cannot carry it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def one_before_others(make: Callable[[], T]) -> T:

@@ -453,6 +453,26 @@ def test_what_fails_on_one_rank_is_said_once(tiny, ranks, tmp_path, monkeypatch)
     assert (tmp_path / "rank 0").read_text() == (tmp_path / "rank 1").read_text() == "this disk is broken"
 
 
+@pytest.mark.parametrize(("broken", "place"), [(0, "main.utils.write_config"), (1, "main.load_data")])
+def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, tmp_path, monkeypatch):
+    """Of the first process to all, and of any to all."""
+    load_data = main.load_data
+
+    class DiskError(Exception):
+        def __init__(self, name, number):
+            super().__init__(f"{name} has error {number}")
+
+    def failing(*args):
+        if on_rank(broken):
+            raise DiskError("sda", 5)
+        return load_data(*args)
+
+    monkeypatch.setattr(place, failing)
+    outcomes = ranks(2, *tiny("SGD", tmp_path / "run", *BATCH))
+    last = [outcome.err.splitlines()[-1] for outcome in outcomes]
+    assert [line.endswith("DiskError: sda has error 5") for line in last] == [True, True], outcomes
+
+
 def test_a_directory_that_cannot_be_written_is_said_once(tiny, ranks, tmp_path, monkeypatch):
     def full(path, state):
         raise main.UserError("the disk is full")
