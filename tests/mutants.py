@@ -219,7 +219,9 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if asked := [code for code in codes if code > 128]:", "if asked := []:", "ranks tells_a_stop"),
         ("redirect_stdout(nowhere):", "open(os.devnull):", "ranks summary_and"),
         ("return [mine]\n    gathered", "return [mine]\n    return [mine] * size()\n    gathered", "ranks whole_batch[SGDG]"),
-        ("[error, *values(error)]", "[error]", "ranks fails_on_one_rank"),
+        ("[error, *values(portable(error))]", "[error]", "ranks fails_on_one_rank"),
+        ("values(portable(error))", "values(error)", "ranks pickle_cannot"),
+        ("outcome = [(value, portable(error))]", "outcome = [(value, error)]", "ranks pickle_cannot"),
         ("dist.ReduceOp.MAX", "dist.ReduceOp.MIN", "ranks stopped_after_any_step and SGD-2"),
         ('return f"{lost}: continue with --resume"', "return None", "ranks dies_ends"),
         ('isinstance(error, dist.DistNetworkError) or any', "isinstance(error, dist.DistError) or any", "ranks error_of_the_connection"),
@@ -397,6 +399,12 @@ class Fault(NamedTuple):
         return source.replace(self.text, self.replacement)
 
 
+def all_faults() -> list[Fault]:
+    """The table's rows, numbered from 1."""
+    rows = [(file, *row) for file, rows in FAULTS.items() for row in rows]
+    return [Fault(number, *row) for number, row in enumerate(rows, 1)]
+
+
 def copy_files(tree: Path) -> None:
     """Copy the files that git knows or would not ignore."""
     listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -443,8 +451,7 @@ def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
 
 def main(words: list[str]) -> int:
     """Try the faults that the words name, or all; the exit code."""
-    rows = [(file, *row) for file, rows in FAULTS.items() for row in rows]
-    faults = [Fault(number, *row) for number, row in enumerate(rows, 1)]
+    faults = all_faults()
     for fault in faults:
         fault.source()
     if words:
