@@ -84,9 +84,8 @@ def draw_row(row, path, x):
 
 def draw_losses(section, path, x):
     """The training loss, on the same axes: a panel for each of the rows that compare the most methods."""
-    rows = [row for row in section.rows if any(run.epochs for run in row.runs)]
-    most = max((len(row.cells) for row in rows), default=0)
-    rows = [row for row in rows if len(row.cells) == most]
+    counts = [sum(any(run.epochs for run in c.all_runs) for c in row.cells.values()) for row in section.rows]
+    rows = [row for row, count in zip(section.rows, counts, strict=True) if count == max(counts)]
     across = min(2, len(rows))
     down = -(-len(rows) // across)
     figure, panels = plt.subplots(

@@ -8,7 +8,8 @@ best epoch's. Runs that differ in nothing but the seed (and in what cannot chang
 of workers) make one cell; a run that has not finished is shown, but counts in no median. Runs may still be
 writing. Runs with --holdout serve to choose hyperparameters: a table of their own says how each method did
 with each set, without a figure. Of the others, tables say how the training loss fell from one drop of the
-learning rates to the next, which is what the paper's claims are about.
+learning rates to the next, which is what the paper's claims are about; a figure compares it in the rows that
+have the most methods.
 
 In this file: the paper's numbers, groups of runs, grouping, comparing, tables, the program. Runs are read by
 `runs.py`, figures drawn by `figures.py`.

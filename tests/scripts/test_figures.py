@@ -153,9 +153,8 @@ def test_the_losses_of_a_section_are_a_panel_for_each_row_that_compares(panels):
         make_row(*[make_run(m, 4.0, model="wrn-28-10", **named) for m in ("SGD", "SGD", "AdamG")]),
         make_row(*[make_run(m, 4.0, **named) for m in ("SGD", "SGDG")]),
         make_row(*[make_run(m, 4.0, **named | {"written": 3}) for m in ("SGDG", "AdamG")]),
-        make_row(
-            *[make_run(m, 4.0, **named | {"written": 0}) for m in ("SGD", "SGDG", "AdamG")]
-        ),  # nothing to draw yet
+        # Nothing to draw yet.
+        make_row(*[make_run(m, 4.0, **named | {"written": 0}) for m in ("SGD", "SGDG", "AdamG")]),
         make_row(make_run("SGDG", 4.0, **named)),  # nothing to compare
     ]
     rows[1].experiment = "$\\frac"  # a formula, and a broken one, if it were read as such
