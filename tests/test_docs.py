@@ -1,14 +1,16 @@
 """Every page says what the code does: flags, defaults, commands, code, numbers, places, paths, file map."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
+from statistics import median
 
 import pytest
 import summarize
 import torch
-from helpers import METHODS, ROOT
+from helpers import METHODS, ROOT, log_lines
 from torch.nn.functional import cross_entropy
 
 import options
@@ -43,6 +45,8 @@ NOT_HERE = {
 TEXT = {page: re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.S) for page in PAGES}
 PATHS = ("README.md", "docs/running.md", "docs/method.md", "docs/results.md")
 README, RUNNING, METHOD, RESULTS = (TEXT[page] for page in PATHS)
+NETWORKS = ("VGG-11", "WRN-16-2")  # of the whole schedules
+PHASES = ("1 to 60", "61 to 120", "121 to 160", "161 to 200")
 ACTIONS = {flag: a for a in options.make_parser()._actions for flag in a.option_strings if a.dest != "help"}
 
 
@@ -235,6 +239,63 @@ def test_the_papers_numbers_and_ours():
     ours = re.findall(r"\d+\.\d+ \(\d+\.\d+ to \d+\.\d+, n = \d+\)", README)
     assert ours
     assert [text for text in ours if text not in RESULTS.replace("**", "")] == []
+
+
+def test_the_tables_by_hand_are_those_made_from_the_logs():
+    """Of the whole schedules: ends of phases, plateau and test error, all but the one-change table."""
+    cells = [[cell.replace("**", "") for cell in row] for row in table_rows(RESULTS)]
+    made = {network: [r for r in cells if r[:2] == [network, "whole-schedule"]] for network in NETWORKS}
+    by_hand = [row for row in cells if len(row) == 10 and row[0] in {*PHASES, "test error (%)"}]
+    assert [row[0] for row in by_hand] == [*PHASES, "test error (%)", *PHASES[1:]]
+    for number, row in enumerate(by_hand):
+        for network, ours in zip(NETWORKS, (row[4:7], row[7:]), strict=True):
+            if row[0] == "test error (%)":
+                source = next(r for r in made[network] if len(r) == 5)[2:]
+            else:  # the tables follow each other: ends of phases, lowest and rise, plateau
+                ends, _, plateau = (r[3:6] for r in made[network] if r[2] == row[0])
+                source = ends if number < len(PHASES) else plateau
+            assert ours == [cell.split(" (")[0] for cell in source], (row[0], network)
+
+
+def test_the_papers_columns_are_its_curves():
+    curves = summarize.read_paper_curves()["CIFAR-10", "WRN-28-10"]
+    columns = [dict(curves[method]) for method in ("SGD", "SGD-G", "Adam-G")]
+    rows = [[cell.replace("**", "") for cell in r[:4]] for r in table_rows(RESULTS) if len(r) == 10]
+    rows = [row for row in rows if row[0] in PHASES]
+    for row, epoch in zip(rows[: len(PHASES)], (58, 118, 158, 198), strict=True):
+        assert [float(cell) for cell in row[1:]] == [column[epoch] for column in columns]
+    for row, (start, end) in zip(rows[len(PHASES) :], ((60, 120), (120, 160), (160, 200)), strict=True):
+        half = (start + end) / 2
+        falls = []
+        for column in columns:
+            before, after = (
+                min(loss for epoch, loss in column.items() if first < epoch <= last)
+                for first, last in ((start, half), (half, end))
+            )
+            falls.append(f"{after / before - 1:+.0%}")
+        assert row[1:] == falls
+
+
+def test_the_table_of_one_change_after_the_other():
+    """Seed 0 of each: the median of the three epochs before the second drop, and of the last three."""
+    rows = RESULTS[RESULTS.index("| loss at 120 |") :].split("\n\n")[0]
+    rows = [row for row in table_rows(rows) if len(row) == 4 and "." in row[1]]
+    folders = (
+        "whole-schedule/SGD/seed0", "one-change/SGD/no-decay-seed0", "whole-schedule/SGDG/seed0",
+        "measured/SGDG/seed0", "one-change/SGDG/lr0.1-seed0", "one-change/SGDG/measured-lr0.1-seed0",
+        "whole-schedule/AdamG/seed0", "measured/AdamG/seed0",
+    )  # fmt: skip
+    for row, folder in zip(rows, folders, strict=True):
+        experiment, method, run = folder.split("/")
+        path = ROOT / "logs/published" / experiment / "cifar10-jpeg-1000/wrn-16-2" / method / run
+        epochs = log_lines(path)
+        ends = [median(epoch["train_loss"] for epoch in epochs[end - 3 : end]) for end in (120, 200)]
+        assert [float(cell) for cell in row[1:3]] == [float(f"{end:.3g}") for end in ends], folder
+        assert float(row[3]) == pytest.approx(100 - epochs[-1]["test_acc"]), folder
+        given = json.loads((path / "config.json").read_text())["options"]
+        flags = shlex.split(" ".join(re.findall(r"`(.*?)`", row[0])))
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            assert str(given[ACTIONS[flag].dest]).removesuffix(".0") == value, folder
 
 
 @pytest.mark.parametrize("page", PAGES)
