@@ -221,6 +221,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("return [mine]\n    gathered", "return [mine]\n    return [mine] * size()\n    gathered", "ranks whole_batch[SGDG]"),
         ("[error, *values(portable(error))]", "[error]", "ranks fails_on_one_rank"),
         ("values(portable(error))", "values(error)", "ranks pickle_cannot"),
+        ("[error, *values(portable(error))]", "values(portable(error))", "ranks pickle_cannot"),
+        ("pickle.loads(pickle.dumps(error))", "pickle.dumps(error)", "ranks pickle_cannot"),
         ("outcome = [(value, portable(error))]", "outcome = [(value, error)]", "ranks pickle_cannot"),
         ("dist.ReduceOp.MAX", "dist.ReduceOp.MIN", "ranks stopped_after_any_step and SGD-2"),
         ('return f"{lost}: continue with --resume"', "return None", "ranks dies_ends"),

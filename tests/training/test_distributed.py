@@ -453,14 +453,17 @@ def test_what_fails_on_one_rank_is_said_once(tiny, ranks, tmp_path, monkeypatch)
     assert (tmp_path / "rank 0").read_text() == (tmp_path / "rank 1").read_text() == "this disk is broken"
 
 
+class DiskError(Exception):
+    """Pickle writes it, and then cannot read it."""
+
+    def __init__(self, name, number):
+        super().__init__(f"{name} has error {number}")
+
+
 @pytest.mark.parametrize(("broken", "place"), [(0, "main.utils.write_config"), (1, "main.load_data")])
 def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, tmp_path, monkeypatch):
     """Of the first process to all, and of any to all."""
     load_data = main.load_data
-
-    class DiskError(Exception):
-        def __init__(self, name, number):
-            super().__init__(f"{name} has error {number}")
 
     def failing(*args):
         if on_rank(broken):
@@ -471,6 +474,8 @@ def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, t
     outcomes = ranks(2, *tiny("SGD", tmp_path / "run", *BATCH))
     last = [outcome.err.splitlines()[-1] for outcome in outcomes]
     assert [line.endswith("DiskError: sda has error 5") for line in last] == [True, True], outcomes
+    # The process that it happened to says where.
+    assert ["in failing" in outcome.err for outcome in outcomes] == [broken == 0, broken == 1]
 
 
 def test_a_directory_that_cannot_be_written_is_said_once(tiny, ranks, tmp_path, monkeypatch):
