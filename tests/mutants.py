@@ -361,6 +361,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("[len(run.epochs) // 5 :]", "", "figures fifth"),
         ("low > high / 4", "low > high / 2", "figures fifth"),
         ("if count == max(counts)", "", "figures panel_for_each_row"),
+        ("if count == max(counts)", "if count >= min(2, max(counts))", "figures fewer_methods"),
         ("sum(any(run.epochs for run in c.all_runs)", "sum(bool(c.all_runs)", "figures panel_for_each_row"),
         ("sharey=True", "sharey=False", "figures panel_for_each_row"),
         ("panel.set_title(title, parse_math=False)", "panel.set_title(title)", "figures panel_for_each_row"),

@@ -176,6 +176,16 @@ def test_the_losses_of_a_section_are_a_panel_for_each_row_that_compares(panels):
         assert panel.get_yscale() == "log"
 
 
+def test_the_losses_of_a_section_leave_out_rows_of_fewer_methods(panels):
+    rows = [
+        make_row(*[make_run(m, 4.0) for m in methods]) for methods in (["SGD", "SGDG"], summarize.METHODS)
+    ]
+    drawn, *others = panels(figures.draw_losses, summarize.Section(rows), Path(), "epoch")
+    legend = [text.get_text() for text in drawn.get_legend().get_texts()]
+    assert legend == ["SGD", "SGD-G", "Adam-G", "learning rates drop"]
+    assert not others
+
+
 def test_every_figure_has_a_file_of_its_own(monkeypatch):
     """Also where names end in a number, are longer than a file's may be, or have no letter."""
     monkeypatch.setattr(figures, "draw_row", lambda row, path, x: None)
