@@ -215,6 +215,13 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("range(0, a.shape[1], 128))", "range(0, a.shape[1], 1280))", "benchmarks regularizer_precision"),
         ("i <= j or not symmetric", "i < j or not symmetric", "benchmarks costs"),
     ],
+    "benchmarks/last_layer.py": [
+        ("t.model.train()", "t.model.eval()", "benchmarks that_of_training"),
+        ("t.epoch += 1", "pass", "benchmarks that_of_training"),
+        ("t.restore(checkpoint)", "pass", "benchmarks another_length"),
+        ("factor * (logits - bias) + bias", "factor * logits", "benchmarks another_length"),
+        ("except utils.UserError", "except KeyError", "benchmarks without_a_checkpoint"),
+    ],
     "distributed.py": [
         ("if asked := [code for code in codes if code > 128]:", "if asked := []:", "ranks tells_a_stop"),
         ("redirect_stdout(nowhere):", "open(os.devnull):", "ranks summary_and"),

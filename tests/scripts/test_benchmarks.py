@@ -6,10 +6,12 @@ import math
 import os
 import re
 import runpy
+import shutil
 import statistics
 import sys
 
 import pytest
+import torch
 from helpers import METHODS, ROOT, call
 
 
@@ -180,3 +182,41 @@ def test_scale_invariance(benchmark):
         assert f"{name}: {invariant[name]} of {len(weights)} weights are scale-invariant" in out
         assert all(0 <= w["cosine"] <= 1.0001 for w in weights)
     assert (invariant["WRN-10-1"], invariant["VGG-13"]) == (3, 12)
+
+
+class TestLastLayer:
+    @pytest.fixture
+    def still(self, tiny, tmp_path):
+        """A run whose weights do not move, so that each epoch's loss is that of the same network."""
+        save = tmp_path / "run"
+        words = tiny("SGD", save, "--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0)
+        assert call(*words).code == 0
+        return save
+
+    def test_the_loss_is_that_of_training(self, still, benchmark):
+        out, (figure,) = benchmark("last_layer", still)
+        assert figure["loss_at_first_length"] == figure["loss"]
+        assert f"{figure['loss']:9.3g}" in out.splitlines()[-1]
+        assert call("--resume", still, "--epochs", 5).code == 0
+        history = torch.load(still / "checkpoint.pt")["history"]
+        logged = statistics.mean(epoch["train_loss"] for epoch in history[2:])
+        assert figure["loss"] == pytest.approx(logged, rel=1e-6)
+
+    def test_what_it_is_at_another_length(self, still, benchmark, tmp_path):
+        def lengthened(factor):
+            run = shutil.copytree(still, tmp_path / f"{factor} times as long")
+            state = torch.load(run / "checkpoint.pt")
+            state["model"]["fc.weight"] *= factor
+            state["model"]["fc.bias"] += torch.arange(len(state["model"]["fc.bias"]))
+            torch.save(state, run / "checkpoint.pt")
+            return run
+
+        _, (first, longer) = benchmark("last_layer", lengthened(1), lengthened(8))
+        assert longer["length"] == pytest.approx(8 * first["length"])
+        assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
+        assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
+
+    def test_a_directory_without_a_checkpoint(self, benchmark, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            benchmark("last_layer", tmp_path)
+        assert "error: there is no checkpoint" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""How much of a run's training loss is due to the length of its last layer.
+
+    python benchmarks/last_layer.py RUN [RUN ...] [--dataroot DIR] [--json FILE]
+
+A network that classifies every training picture lowers its loss by longer logits alone. So the training loss
+of each RUN, a directory with a checkpoint, is computed as it is, and with the last layer's weights (not its
+bias) brought to the length (Frobenius norm) that they have in the first RUN. As in training, that is on the
+augmented pictures of EPOCHS more epochs and with each batch's own statistics; but no weight moves.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from data import TrainBatches, hold_out, load_data
+from main import Training
+from options import parse_options
+
+EPOCHS = 3
+
+
+def trained(run: str, dataroot: str | None) -> Training:
+    """A run as its checkpoint holds it; UserError where there is none or its pictures are not found."""
+    words = ["--resume", run, "--eval", *(["--dataroot", dataroot] if dataroot else [])]
+    options, checkpoint = parse_options(words)
+    if "options" not in checkpoint:
+        raise utils.UserError(f"{run} holds weights alone, not what they were trained on")
+    data = load_data(options.dataset, options.dataroot, options.dataset_name)
+    t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
+    t.restore(checkpoint)
+    return t
+
+
+@torch.no_grad()
+def training_logits(t: Training) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) and labels (N,) of the next epochs' N pictures."""
+    batches = TrainBatches(t.data.train_images, t.data.train_labels, t.options.randomcrop_pad)
+    found = []
+    t.model.train()
+    for _ in range(EPOCHS):
+        for images, labels in batches.iterate(t.plan(), nthread=0):
+            x, labels = t.inputs(images, labels)
+            with t.autocast():
+                found.append((t.forward(x).float(), labels))
+        t.epoch += 1
+    logits, labels = map(torch.cat, zip(*found, strict=True))
+    return logits, labels
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print one line per run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory with a checkpoint")
+    parser.add_argument("--dataroot", help="if the pictures are no longer where the runs found them")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(argv)
+    figures: list[dict] = []
+    for run in args.runs:
+        try:
+            t = trained(run, args.dataroot)
+        except utils.UserError as error:
+            parser.error(str(error))
+        logits, labels = training_logits(t)
+        length, bias = t.model.fc.weight.norm().item(), t.model.fc.bias.detach()
+        factor = figures[0]["length"] / length if figures else 1
+        brought = factor * (logits - bias) + bias
+        losses = [cross_entropy(z, labels).item() for z in (logits, brought)]
+        figures.append({"run": run, "length": length, "loss": losses[0], "loss_at_first_length": losses[1]})
+    print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
+    for run, *numbers in map(dict.values, figures):
+        print("{:7.2f} {:9.3g} {:20.3g}".format(*numbers), f" {run}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
