@@ -344,7 +344,8 @@ class SGDG(_GrassmannOptimizer):
     - The first step makes rows unit, except where a rate of 0 moves nothing (a rate that is a tensor on a GPU
       is not looked at). A zero row stays zero until a gradient comes, and then becomes its step's direction:
       pruned rows come back at full length.
-    - lr = 0 does not stop rows with momentum, as the rate is inside it. To stop a layer, leave it without
+    - The momentum holds steps, with the rate inside: after a drop of the rate rows go on at the old one for
+      about 1/(1 - momentum) steps, and lr = 0 does not stop them. To stop a layer, leave it without
       gradients: `weight.requires_grad_(False)` and `zero_grad()`.
     - One NaN in a gradient makes its row NaN, and with omega > 0 in the next step the whole weight.
     - FSDP2's weights are taken; with omega > 0 each step gathers each of them.

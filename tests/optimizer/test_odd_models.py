@@ -100,6 +100,23 @@ def test_a_rate_of_0_moves_no_row_that_does_not_turn(Optimizer, lr):
 
 
 @BOTH
+def test_what_momentum_does_after_a_drop_of_the_rate(Optimizer):
+    """SGD-G's holds steps and goes on at the old rate; Adam-G's holds gradients and slows at once."""
+    turned = []
+    for ratio in (1, 0.2):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(4, 18))
+        optimizer = Optimizer([p], **ON_ROWS | {"lr": 1e-3, "omega": 0})
+        take_steps(optimizer, 2)
+        optimizer.param_groups[0]["lr"] *= ratio
+        before = p.detach().clone()
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        turned.append((p - before).norm().item())
+    assert turned[1] / turned[0] == pytest.approx(1 if Optimizer is SGDG else 0.2, rel=1e-3)
+
+
+@BOTH
 def test_a_state_that_is_asked_for_before_the_first_step_moves_nothing(Optimizer):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
     groups = [{"params": [model[0].weight], **ON_ROWS}, {"params": [model[0].bias, *model[2].parameters()]}]
