@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         figures.append({"run": run, "length": length, "loss": losses[0], "loss_at_first_length": losses[1]})
     print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
     for run, *numbers in map(dict.values, figures):
-        print("{:7.2f} {:9.3g} {:20.3g}".format(*numbers), f" {run}")
+        print("{:7.2f} {:#9.3g} {:#20.3g}".format(*numbers), f" {run}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -298,6 +298,23 @@ def test_the_table_of_one_change_after_the_other():
             assert str(given[ACTIONS[flag].dest]).removesuffix(".0") == value, folder
 
 
+def test_the_table_of_the_last_layers():
+    """As benchmarks/last_layer.py wrote it, of runs whose logs are there."""
+    rows = RESULTS[RESULTS.index("| last layer |") :].split("\n\n")[0]
+    rows = [row for row in table_rows(rows) if "." in row[1]]
+    names = ("wrn-16-2-seed1", "wrn-16-2-seed2", "vgg-11-seed1")
+    folder = ROOT / "logs/published/last-layer"
+    figures = [figure for name in names for figure in json.loads((folder / f"{name}.json").read_text())]
+    for (name, *numbers), figure in zip(rows, figures, strict=True):
+        config = json.loads((ROOT / "logs/published" / figure["run"] / "config.json").read_text())
+        method = summarize.METHODS[config["options"]["optim_method"]]
+        assert name.lower().startswith(config["model"])
+        assert f": {method}" in name
+        assert f"seed {config['options']['seed']}" in name
+        length, *losses = (figure[key] for key in ("length", "loss", "loss_at_first_length"))
+        assert numbers == [f"{length:.2f}", *(f"{loss:#.3g}" for loss in losses)]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_page_counts_what_goes_stale(page):
     assert not re.findall(r"(?<!at most )\b\d[\d,]* (?:\w+ )?(?:tests|mutants|faults|lines)\b", TEXT[page])

@@ -196,7 +196,7 @@ class TestLastLayer:
     def test_the_loss_is_that_of_training(self, still, benchmark):
         out, (figure,) = benchmark("last_layer", still)
         assert figure["loss_at_first_length"] == figure["loss"]
-        assert f"{figure['loss']:9.3g}" in out.splitlines()[-1]
+        assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
         assert call("--resume", still, "--epochs", 5).code == 0
         history = torch.load(still / "checkpoint.pt")["history"]
         logged = statistics.mean(epoch["train_loss"] for epoch in history[2:])
