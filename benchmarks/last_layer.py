@@ -29,10 +29,13 @@ EPOCHS = 3
 
 def trained(run: str, dataroot: str | None) -> Training:
     """A run as its checkpoint holds it; UserError where there is none or its pictures are not found."""
-    words = ["--resume", run, "--eval", *(["--dataroot", dataroot] if dataroot else [])]
+    # Not --eval, which takes other pictures too.
+    words = ["--resume", run, "--summary", *(["--dataroot", dataroot] if dataroot else [])]
     options, checkpoint = parse_options(words)
     if "options" not in checkpoint:
         raise utils.UserError(f"{run} holds weights alone, not what they were trained on")
+    if "other_ranks" in checkpoint:
+        raise utils.UserError(f"{run} was trained by several processes, which normalize slices of a batch")
     data = load_data(options.dataset, options.dataroot, options.dataset_name)
     t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
     t.restore(checkpoint)
@@ -55,6 +58,7 @@ def training_logits(t: Training) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
+@utils.repeatable()
 def main(argv: list[str] | None = None) -> None:
     """Measure and print one line per run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -78,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     for run, *numbers in map(dict.values, figures):
         print("{:7.2f} {:#9.3g} {:#20.3g}".format(*numbers), f" {run}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        result = {"environment": utils.environment(t.device), "pictures": len(labels), "runs": figures}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

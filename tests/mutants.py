@@ -218,9 +218,14 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     "benchmarks/last_layer.py": [
         ("t.model.train()", "t.model.eval()", "benchmarks that_of_training"),
         ("t.epoch += 1", "pass", "benchmarks that_of_training"),
+        ("hold_out(data, options.holdout) if options.holdout else data", "data", "benchmarks that_of_training"),
+        ("with t.autocast():", "if True:", "benchmarks that_of_training"),
         ("t.restore(checkpoint)", "pass", "benchmarks another_length"),
         ("factor * (logits - bias) + bias", "factor * logits", "benchmarks another_length"),
-        ("except utils.UserError", "except KeyError", "benchmarks without_a_checkpoint"),
+        ('figures[0]["length"]', 'figures[-1]["length"]', "benchmarks another_length"),
+        ('"--summary", *', '"--eval", *', "benchmarks cannot_measure"),
+        ('if "other_ranks" in checkpoint', "if False", "benchmarks cannot_measure"),
+        ("except utils.UserError", "except KeyError", "benchmarks cannot_measure"),
     ],
     "distributed.py": [
         ("if asked := [code for code in codes if code > 128]:", "if asked := []:", "ranks tells_a_stop"),

@@ -187,36 +187,59 @@ def test_scale_invariance(benchmark):
 class TestLastLayer:
     @pytest.fixture
     def still(self, tiny, tmp_path):
-        """A run whose weights do not move, so that each epoch's loss is that of the same network."""
-        save = tmp_path / "run"
-        words = tiny("SGD", save, "--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0)
-        assert call(*words).code == 0
-        return save
+        """still(*more): a run whose weights do not move, so that each epoch's loss is of the same network."""
 
-    def test_the_loss_is_that_of_training(self, still, benchmark):
-        out, (figure,) = benchmark("last_layer", still)
+        def train(*more):
+            save = tmp_path / "run"
+            words = ["--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0]
+            assert call(*tiny("SGD", save, *words, *more)).code == 0
+            return save
+
+        return train
+
+    @pytest.mark.parametrize("more", [[], ["--holdout", 16], ["--dtype", "bfloat16"]])
+    def test_the_loss_is_that_of_training(self, more, still, benchmark, pictures_root, tmp_path):
+        run = still(*more)
+        root = shutil.copytree(pictures_root, tmp_path / "moved")
+        out, result = benchmark("last_layer", run, "--dataroot", root)
+        (figure,) = result["runs"]
         assert figure["loss_at_first_length"] == figure["loss"]
         assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
-        assert call("--resume", still, "--epochs", 5).code == 0
-        history = torch.load(still / "checkpoint.pt")["history"]
+        assert result["pictures"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
+        assert result["environment"]["torch"] == torch.__version__
+        assert call("--resume", run, "--epochs", 5).code == 0
+        history = torch.load(run / "checkpoint.pt")["history"]
         logged = statistics.mean(epoch["train_loss"] for epoch in history[2:])
         assert figure["loss"] == pytest.approx(logged, rel=1e-6)
 
     def test_what_it_is_at_another_length(self, still, benchmark, tmp_path):
+        run = still()
+
         def lengthened(factor):
-            run = shutil.copytree(still, tmp_path / f"{factor} times as long")
-            state = torch.load(run / "checkpoint.pt")
+            copy = shutil.copytree(run, tmp_path / f"{factor} times as long")
+            state = torch.load(copy / "checkpoint.pt")
             state["model"]["fc.weight"] *= factor
             state["model"]["fc.bias"] += torch.arange(len(state["model"]["fc.bias"]))
-            torch.save(state, run / "checkpoint.pt")
-            return run
+            torch.save(state, copy / "checkpoint.pt")
+            return copy
 
-        _, (first, longer) = benchmark("last_layer", lengthened(1), lengthened(8))
-        assert longer["length"] == pytest.approx(8 * first["length"])
-        assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
-        assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
+        first, *others = benchmark("last_layer", *map(lengthened, (1, 8, 64)))[1]["runs"]
+        for factor, longer in zip((8, 64), others, strict=True):
+            assert longer["length"] == pytest.approx(factor * first["length"])
+            assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
+            assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
 
-    def test_a_directory_without_a_checkpoint(self, benchmark, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            benchmark("last_layer", tmp_path)
-        assert "error: there is no checkpoint" in capsys.readouterr().err
+    def test_runs_that_it_cannot_measure(self, still, benchmark, pictures_root, tmp_path, capsys):
+        def refused(run, *words):
+            with pytest.raises(SystemExit):
+                benchmark("last_layer", run, *words)
+            return capsys.readouterr().err.rsplit("error: ", 1)[1]
+
+        assert refused(tmp_path).startswith("there is no checkpoint")
+        run = still()
+        others = shutil.copytree(pictures_root, tmp_path / "others")
+        next(others.glob("train/*/*")).unlink()
+        assert "data" in refused(run, "--dataroot", others)
+        state = torch.load(run / "checkpoint.pt")
+        torch.save({**state, "other_ranks": []}, run / "checkpoint.pt")
+        assert "several processes" in refused(run)
