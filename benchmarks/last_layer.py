@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         factor = figures[0]["length"] / length if figures else 1
         brought = factor * (logits - bias) + bias
         losses = [cross_entropy(z, labels).item() for z in (logits, brought)]
-        figures.append({"run": run, "length": length, "loss": losses[0], "loss_at_first_length": losses[1]})
+        measured = {"length": length, "loss": losses[0], "loss_at_first_length": losses[1]}
+        figures.append({"run": run, "pictures": len(labels), **measured})
     print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
-    for run, *numbers in map(dict.values, figures):
+    for run, _, *numbers in map(dict.values, figures):
         print("{:7.2f} {:#9.3g} {:#20.3g}".format(*numbers), f" {run}")
     if args.json:
-        result = {"environment": utils.environment(t.device), "pictures": len(labels), "runs": figures}
+        result = {"environment": utils.environment(t.device), "runs": figures}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -276,6 +276,13 @@ def test_the_papers_columns_are_its_curves():
         assert row[1:] == falls
 
 
+def outcome(run, *ends):
+    """Of a published run: the median training loss of three epochs before each end, and its last error."""
+    epochs = log_lines(run)
+    losses = [median(epoch["train_loss"] for epoch in epochs[end - 3 : end]) for end in ends]
+    return [*(f"{loss:#.3g}" for loss in losses), f"{100 - epochs[-1]['test_acc']:.2f}"]
+
+
 def test_the_table_of_one_change_after_the_other():
     """Seed 0 of each: the median of the three epochs before the second drop, and of the last three."""
     rows = RESULTS[RESULTS.index("| loss at 120 |") :].split("\n\n")[0]
@@ -289,14 +296,35 @@ def test_the_table_of_one_change_after_the_other():
     for row, folder in zip(rows, folders, strict=True):
         experiment, method, run = folder.split("/")
         path = ROOT / "logs/published" / experiment / "cifar10-jpeg-1000/wrn-16-2" / method / run
-        epochs = log_lines(path)
-        ends = [median(epoch["train_loss"] for epoch in epochs[end - 3 : end]) for end in (120, 200)]
-        assert [float(cell) for cell in row[1:3]] == [float(f"{end:.3g}") for end in ends], folder
-        assert float(row[3]) == pytest.approx(100 - epochs[-1]["test_acc"]), folder
+        assert row[1:] == outcome(path, 120, 200), folder
         given = json.loads((path / "config.json").read_text())["options"]
         flags = shlex.split(" ".join(re.findall(r"`(.*?)`", row[0])))
         for flag, value in zip(flags[::2], flags[1::2], strict=True):
             assert str(given[ACTIONS[flag].dest]).lower().removesuffix(".0") == value, folder
+
+
+def test_each_methods_own_rates():
+    """The grid's best, and the whole schedule with them."""
+    published = ROOT / "logs/published"
+    grid = RESULTS[RESULTS.index("| held-out error (%) |") :].split("\n\n")[0]
+    best = {}
+    for network, *cells in table_rows(grid)[2:]:
+        for method, cell in zip(summarize.METHODS, cells, strict=True):
+            runs = (published / "grid/cifar10-jpeg-2000" / network.lower() / method).iterdir()
+            error, run = min((100 - log_lines(run)[-1]["test_acc"], run) for run in runs)
+            options = json.loads((run / "config.json").read_text())["options"]
+            rates = [rate for rate in (options["lr"], options["lrg"]) if rate is not None]
+            best[network, summarize.METHODS[method]] = rates
+            assert cell.startswith(f"{error:.2f} at ")
+            assert [float(number) for number in re.findall(r"\b0\.\d+", cell)] == rates
+    schedule = RESULTS[RESULTS.index("| own rates, seed 0 |") :].split("\n\n")[0]
+    for name, *numbers in table_rows(schedule)[2:]:
+        network, method = name.split(": ")
+        option = next(option for option, label in summarize.METHODS.items() if label == method)
+        run = published / "own-rates/cifar10-jpeg-1000" / network.lower() / option / "seed0"
+        options = json.loads((run / "config.json").read_text())["options"]
+        assert [options["lr"], options["lrg"]][: len(best[network, method])] == best[network, method]
+        assert numbers == outcome(run, 60, 120, 160, 200)
 
 
 def test_the_table_of_the_last_layers():
@@ -314,10 +342,7 @@ def test_the_table_of_the_last_layers():
         assert name.lower().startswith(config["model"])
         assert f"seed {config['options']['seed']}: {method}" in name
         length, *losses = (figure[key] for key in ("length", "loss", "loss_at_first_length"))
-        assert [number.split(", ")[0] for number in numbers] == [
-            f"{length:.2f}",
-            *(f"{loss:#.3g}" for loss in losses),
-        ]
+        assert numbers == [f"{length:.2f}", *(f"{loss:#.3g}" for loss in losses)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -205,7 +205,7 @@ class TestLastLayer:
         (figure,) = result["runs"]
         assert figure["loss_at_first_length"] == figure["loss"]
         assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
-        assert result["pictures"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
+        assert figure["pictures"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
         assert result["environment"]["torch"] == torch.__version__
         assert call("--resume", run, "--epochs", 5).code == 0
         history = torch.load(run / "checkpoint.pt")["history"]
@@ -239,7 +239,7 @@ class TestLastLayer:
         run = still()
         others = shutil.copytree(pictures_root, tmp_path / "others")
         next(others.glob("train/*/*")).unlink()
-        assert "data" in refused(run, "--dataroot", others)
+        assert refused(run, "--dataroot", others).startswith("the checkpoint is of other pictures")
         state = torch.load(run / "checkpoint.pt")
         torch.save({**state, "other_ranks": []}, run / "checkpoint.pt")
         assert "several processes" in refused(run)
