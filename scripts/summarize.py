@@ -45,8 +45,8 @@ PAPER = {
 METHODS = {"SGD": "SGD", "SGDG": "SGD-G", "AdamG": "Adam-G"}  # the option's values, and the paper's names
 LABELS = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100"}  # of data sets that have another name in options
 COLOURS = {"SGD": "#000000", "SGD-G": "#0072B2", "Adam-G": "#D55E00"}  # Okabe, Ito: for colour-blind eyes too
-# Options that change no result, are the same in a table, or have a column. All others, also those of the future,
-# are the same in a cell; SGD makes no use of some.
+# Options that change no result, are the same in a table, or have a column. All others, also those of the
+# future, are the same in a cell; SGD makes no use of some.
 NO_RESULT = ("seed", "device", "nthread", "dataroot", "dataset_name", "compile")
 OF_TABLE = ("dataset", "holdout", "epochs", "epoch_step")
 IN_COLUMNS = ("optim_method", "model", "depth", "width", "lr", "lrg")
@@ -89,7 +89,7 @@ class Run:
         self.rates = tuple(number(options[key]) for key in ("lr", "lrg") if options[key] is not None)
         apart = {*NO_RESULT, *OF_TABLE, *IN_COLUMNS, *(NOT_OF_SGD if self.method == "SGD" else ())}
         others = {key: value for key, value in options.items() if key not in apart}
-        # Several processes normalize by slices of a batch; older runs, which do not say it, used TF32 on GPUs.
+        # Several processes normalize by slices of a batch; older runs used TF32 on GPUs and do not say it.
         others |= {key: config[key] for key in ("weights_from", "processes") if config.get(key)}
         precision = "float32" if config["device"].endswith("CPU") else "TF32"
         others["convolutions"] = config.get("float32_convolutions") or precision
@@ -98,13 +98,13 @@ class Run:
         self.name = self.model.upper() + (f", {self.experiment}" if self.experiment else "")
         self.title = self.data + (", choice of hyperparameters" if self.holdout else "")
         others = list(COLOURS).index(self.method), self.rates, sorted(self.options.items())
-        self.setting = natural(self.model), self.experiment, *others
+        self.setting = self.model, self.experiment, *others
         images = whole(data["train_images"]), whole(data["test_images"])
         kind, drops = "held-out" if self.holdout else "test", ", ".join(map(str, self.drops))
         description = f"{images[0]:,} training and {images[1]:,} {kind} images (SHA-256 {self.sha256[:12]}), "
         description += f"{self.epochs} epoch{'s' * (self.epochs > 1)}, learning rates "
         description += f"drop after {drops}" if drops else "are constant"
-        self.table = self.holdout > 0, natural(self.data), description, dataset
+        self.table = self.holdout > 0, self.data, description, dataset
         paper = PAPER.get(dataset)
         same = paper and paper.images == images  # archives of another size are not that data set
         self.curves = read_paper_curves().get((self.data, self.model.upper()), {}) if same else {}
@@ -188,27 +188,43 @@ def printable(value):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def natural(text):
-    """A key that sorts wrn-10-1 before wrn-28-10 and both before wrn-100-1."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text)))
-
-
-# ------------------------------------------------------------------------------------------------ from cells to texts
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 class Cell:
-    """Runs that differ in the seed only; `runs` and `errors` are of the finished ones."""
+    """Runs that differ in the seed only; `runs` and `errors` are of the finished ones.
 
-    def __init__(self, by_seed):
-        self.all_runs = list(by_seed.values())
-        self.any = self.all_runs[0]
-        self.runs = [run for run in self.all_runs if run.finished]
+    unusual: the options in which it differs from most cells of its method, as 'dropout 0.0, omega 0.0'.
+    """
+
+    def __init__(self, all_runs, usual):
+        self.all_runs, self.any = all_runs, all_runs[0]
+        self.runs = [run for run in all_runs if run.finished]
         self.errors = [run.errors[-1] for run in self.runs]
+        differing = usual.items() - {(name, self.any.options.get(name, "none")) for name in usual}
+        names = [name for name in usual if name in dict(differing)]
+        self.unusual = ", ".join(f"{name} {self.any.options.get(name, 'none')}" for name in names)
+        self.rates = [f"{rate:g}" for rate in self.any.rates]
+        self.hyperparameters = ", ".join(filter(None, [*self.rates, self.unusual]))
 
     def phases(self, measure):
         """For each phase a list: `measure` of the losses in it, of each finished run."""
         bounds = list(pairwise([0, *self.any.ends])) if self.runs else []
         return [[measure(run.losses[start:end]) for run in self.runs] for start, end in bounds]
+
+    @property
+    def error_text(self):
+        unfinished = len(self.all_runs) - len(self.runs)
+        if not self.runs:
+            return max(self.all_runs, key=lambda run: len(run.losses)).progress
+        text = middle(self.errors, ".2f", f", n = {len(self.runs)}")
+        return f"{text}; {unfinished} unfinished" if unfinished else text
+
+
+def middle(values, form, n=""):
+    """The median and, of several values, the range."""
+    spread = f" ({min(values):{form}} to {max(values):{form}}{n})" if len(values) > 1 else ""
+    return f"{median(values):{form}}{spread}"
 
 
 def loss_at_end(losses):
@@ -228,86 +244,55 @@ def plateau(losses):
 
 
 def make_tables(runs, left_out):
-    """A list of cells for each table, in the order of the output; adds to `left_out` what is not counted."""
+    """[(description, cells), ...] in the order of the output; `left_out` gets what is not counted."""
     tables = {}
     for run in sorted(runs, key=lambda run: (run.table, run.setting, not run.finished)):
         by_seed = tables.setdefault(run.table, {}).setdefault(str(run.setting), {})
         first = by_seed.setdefault(run.seed, run)
-        reason = (
-            run.progress if first is run else f"seed {run.seed} of these settings is there as {first.path}"
-        )
-        left_out += [printable(f"{run.path}: {reason}")] if first is not run or not run.finished else []
-    return [[Cell(by_seed) for by_seed in cells.values()] for cells in tables.values()]
+        twin = f"seed {run.seed} of the same settings is there as {first.path}"
+        if first is not run or not run.finished:
+            left_out.append(printable(f"{run.path}: {run.progress if first is run else twin}"))
+    return [make_table([list(by_seed.values()) for by_seed in cells.values()]) for cells in tables.values()]
 
 
-def usual_options(cells):
-    """{method: {option: its value in most of the method's cells}}."""
-    usual = {}
-    for method in COLOURS:
-        options = [cell.any.options for cell in cells if cell.any.method == method]
+def make_table(cells):
+    """(what its runs share and most cells of each method have, cells) of lists of runs."""
+    usual, shared = {}, {}
+    for method in dict.fromkeys(runs[0].method for runs in cells):
+        options = [runs[0].options for runs in cells if runs[0].method == method]
         names = dict.fromkeys(name for each in options for name in each)
-        counts = {name: Counter(each.get(name, "none") for each in options) for name in names}
-        usual |= (
-            {method: {name: values.most_common(1)[0][0] for name, values in counts.items()}}
-            if options
-            else {}
-        )
-    return usual
+        values = {name: Counter(each.get(name, "none") for each in options) for name in names}
+        usual[method] = {name: counts.most_common(1)[0][0] for name, counts in values.items()}
+        for name, value in usual[method].items():
+            shared.setdefault(f"{name} {value}", []).append(method)
+    texts = [
+        text + (f" ({', '.join(methods)})" if len(methods) < len(usual) else "")
+        for text, methods in shared.items()
+        if not text.endswith((" none", " False"))
+    ]
+    description = f"{cells[0][0].table[2]}; unless said otherwise {', '.join(sorted(texts))}."
+    return description, [Cell(runs, usual[runs[0].method]) for runs in cells]
 
 
-def described(cells, usual):
-    """What the runs of a table share, and what most of each method's do."""
-    texts = [cells[0].any.table[2]]
-    for method, options in usual.items():
-        texts.append(f"{method}: {', '.join(f'{name} {v}' for name, v in options.items() if v != 'none')}")
-    return "; ".join(texts) + "."
-
-
-def unusual(run, usual):
-    """The options in which a run differs from most of its method, as 'dropout 0.0, omega 0.0'."""
-    values = {name: run.options.get(name, "none") for name in usual[run.method]}
-    return ", ".join(f"{name} {v}" for name, v in values.items() if v != usual[run.method][name])
-
-
-def rates_text(run, usual):
-    return ", ".join(filter(None, [*(f"{rate:g}" for rate in run.rates), unusual(run, usual)]))
-
-
-def middle(values, form, n=""):
-    """The median and, of several values, the range."""
-    spread = f" ({min(values):{form}} to {max(values):{form}}{n})" if len(values) > 1 else ""
-    return f"{median(values):{form}}{spread}"
-
-
-def error_text(cell):
-    unfinished = len(cell.all_runs) - len(cell.runs)
-    if not cell.runs:
-        return max(cell.all_runs, key=lambda run: len(run.losses)).progress
-    return middle(cell.errors, ".2f", f", n = {len(cell.runs)}") + f"; {unfinished} unfinished" * (
-        unfinished > 0
-    )
-
-
-def line_of(cell, usual):
+def line_of(cell):
     """{head: text} of one cell; the last entries are the losses at the ends of the phases."""
-    run, rates, paper = cell.any, [*(f"{rate:g}" for rate in cell.any.rates), ""], cell.any.paper
-    line = {"Network": run.model.upper(), "Experiment": run.experiment, "Method": run.method, "lr": rates[0]}
-    line |= {"lrg": rates[1], "Other options": unusual(run, usual), "Error (%)": error_text(cell)}
-    line["Paper (%)"] = f"{paper:.2f}" if paper else ""
-    line["Difference"] = f"{median(cell.errors) - paper:+.2f}" if paper and cell.runs else ""
+    run, paper, (lr, lrg) = cell.any, cell.any.paper, [*cell.rates, ""][:2]
+    difference = f"{median(cell.errors) - paper:+.2f}" if paper and cell.runs else ""
     losses = [middle(values, "#.3g") for values in cell.phases(loss_at_end)] or [""] * len(run.ends)
-    return line | {f"Loss at {end}": text for end, text in zip(run.ends, losses, strict=True)}
+    return {
+        "Network": run.model.upper(), "Experiment": run.experiment, "Method": run.method,
+        "lr": lr, "lrg": lrg, "Other options": cell.unusual, "Error (%)": cell.error_text,
+        "Paper (%)": f"{paper:.2f}" if paper else "", "Difference": difference,
+    } | {f"Loss at {end}": text for end, text in zip(run.ends, losses, strict=True)}  # fmt: skip
 
 
-def choice_lines(cells, usual):
-    """{head: text} for each network, experiment and method: errors with rates and options, the best first."""
-    lines, heads = [], ("Network", "Experiment", "Method", "Held-out error (%) at lr, lrg")
-    for key, group in groupby(
-        cells, lambda cell: (cell.any.model.upper(), cell.any.experiment, cell.any.method)
-    ):
+def choice_lines(cells):
+    """{head: text} for each network and method: the errors with rates and options, the best first."""
+    lines = []
+    for (name, method), group in groupby(cells, lambda cell: (cell.any.name, cell.any.method)):
         best = sorted((cell for cell in group if cell.runs), key=lambda cell: median(cell.errors))
-        texts = [f"{error_text(cell)} at {rates_text(cell.any, usual)}" for cell in best]
-        lines.append(dict(zip(heads, (*key, "; ".join(texts)), strict=True)))
+        texts = "; ".join(f"{cell.error_text} at {cell.hyperparameters}" for cell in best)
+        lines.append({"Network": name, "Method": method, "Held-out error (%) at lr, lrg": texts})
     return lines
 
 
@@ -323,11 +308,10 @@ def grid(lines, left="", between="  ", right="", rule=False):
 def report(tables, left_out):
     """What the terminal shows, in 80 columns: of the losses the last one's median."""
     shown = []
-    for cells in tables:
-        usual = usual_options(cells)
-        shown += [f"== {cells[0].any.title} ==", *wrapped(described(cells, usual))]
+    for description, cells in tables:
+        shown += [f"== {cells[0].any.title} ==", *wrapped(description)]
         for name, group in groupby(cells, lambda cell: cell.any.name):
-            lines = [line_of(cell, usual) for cell in group]
+            lines = [line_of(cell) for cell in group]
             others, last = [line.pop("Other options") for line in lines], list(lines[0])[-1]
             texts = [dict(list(line.items())[2:8]) | {last: line[last].split(" (")[0]} for line in lines]
             head, *rows = grid(texts)
@@ -349,11 +333,10 @@ def not_counted(left_out):
 def page_part(tables, left_out, plan, folder):
     """What stands between the markers of a page in `folder`, in Markdown."""
     shown = []
-    for cells in tables:
-        usual, run = usual_options(cells), cells[0].any
-        lines = choice_lines(cells, usual) if run.holdout else [line_of(cell, usual) for cell in cells]
+    for description, cells in tables:
+        run, lines = cells[0].any, choice_lines(cells) if cells[0].any.holdout else map(line_of, cells)
         lines = [{head: markdown(text) for head, text in line.items()} for line in lines]
-        shown += [f"### {markdown(run.title)}", "", markdown(described(cells, usual)), ""]
+        shown += [f"### {markdown(run.title)}", "", markdown(description), ""]
         shown += [*grid(lines, "| ", " | ", " |", rule=True), ""]
         for _, path, title, _ in (figure for figure in plan if figure[0] == run.table):
             where = os.fsencode(Path(os.path.relpath(path, folder)).as_posix())
@@ -378,34 +361,34 @@ def new_page(path, part):
 
 def csv_text(tables):
     """A line for each cell, with all options, and six digits of each number."""
-    file = io.StringIO(newline="")
-    records = [csv_record(cell) for cells in tables for cell in cells]
-    writer = csv.DictWriter(file, list(records[0]))
-    writer.writeheader()
-    for record in records:
-        for name, value in record.items():
-            if isinstance(value, float):
-                record[name] = float(f"{value:.6g}")
-            elif isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
-                record[name] = f"'{value}"  # or a spreadsheet would take it for a formula
-        writer.writerow(record)
+    file, writer = io.StringIO(newline=""), None
+    for cell in (cell for _, cells in tables for cell in cells):
+        run, errors, losses = cell.any, cell.errors, [median(values) for values in cell.phases(loss_at_end)]
+        record = {
+            "data": run.data, "sha256": run.sha256, "epochs": run.epochs, "holdout": run.holdout,
+            "network": run.model, "experiment": run.experiment, "method": run.method,
+            "lr": run.rates[0], "lrg": [*run.rates, None][1],
+            "other_options": ", ".join(f"{name} {value}" for name, value in run.options.items()),
+            "runs": len(cell.runs), "unfinished": len(cell.all_runs) - len(cell.runs),
+            "test_error": median(errors) if errors else None, "min": min(errors, default=None),
+            "max": max(errors, default=None), "paper": run.paper,
+            "difference": median(errors) - run.paper if errors and run.paper else None,
+            "train_loss": losses[-1] if losses else None,
+            "phases": " ".join(f"{loss:.6g}" for loss in losses),
+            "images_per_sec": median(median(run.speeds) for run in cell.runs) if errors else None,
+        }  # fmt: skip
+        if not writer:
+            writer = csv.DictWriter(file, record)
+            writer.writeheader()
+        writer.writerow({name: spreadsheet(value) for name, value in record.items()})
     return file.getvalue()
 
 
-def csv_record(cell):
-    run, errors, losses = cell.any, cell.errors, [median(values) for values in cell.phases(loss_at_end)]
-    lr, lrg = (*run.rates, None)[:2]
-    return {
-        "data": run.data, "sha256": run.sha256, "epochs": run.epochs, "holdout": run.holdout,
-        "network": run.model, "experiment": run.experiment, "method": run.method, "lr": lr, "lrg": lrg,
-        "other_options": ", ".join(f"{name} {value}" for name, value in run.options.items()),
-        "runs": len(cell.runs), "unfinished": len(cell.all_runs) - len(cell.runs),
-        "test_error": median(errors) if errors else None, "min": min(errors, default=None),
-        "max": max(errors, default=None), "paper": run.paper,
-        "difference": median(errors) - run.paper if errors and run.paper else None,
-        "train_loss": losses[-1] if losses else None, "phases": " ".join(f"{loss:.6g}" for loss in losses),
-        "images_per_sec": median(median(run.speeds) for run in cell.runs) if errors else None,
-    }  # fmt: skip
+def spreadsheet(value):
+    """As a cell of a CSV file. Text that would be taken for a formula gets a mark before it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"'{value}" if str(value).startswith(("=", "+", "-", "@")) else value
 
 
 def write(path, make):
@@ -428,7 +411,7 @@ Panel = namedtuple("Panel", "title quantity cells")  # quantity: losses, errors,
 
 
 def plan_figures(tables, target, x):
-    """[(table, path, title, panels)]: the losses of the networks that compare most methods, then each network."""
+    """[(table, path, title, panels)]: the losses of the networks with the most methods, then each network."""
     plan, names = [], {"paper-curves.png"}
 
     def add(table, words, title, *panels):
@@ -437,7 +420,7 @@ def plan_figures(tables, target, x):
         names.add(name := next(name for name in numbered if name not in names))
         plan.append((table, target / name, title, panels))
 
-    for cells in tables:
+    for _, cells in tables:
         drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
         groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
         methods = [len({cell.any.method for cell in group}) for group in groups]
@@ -451,7 +434,7 @@ def plan_figures(tables, target, x):
             add(table, f"{run.experiment} {data} {run.model}", f"{run.name} on {data}", *panels)
     if target.suffix and not target.is_dir():
         if len(plan) != 1:
-            raise ValueError(f"{target} is one file for {len(plan)} figures: give --plots a directory")
+            sys.exit(f"summarize.py: {target} is one file for {len(plan)} figures: give --plots a directory")
         return [(table, target, title, panels) for table, _, title, panels in plan]
     panels = [
         Panel(f"{network} on {data}", curves, []) for (data, network), curves in read_paper_curves().items()
@@ -486,11 +469,10 @@ def draw_panel(axis, panel, x):
     """All cells, and behind losses the paper's curves; or these alone."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    usual = usual_options(panel.cells)
     for method in COLOURS:
         cells = [cell for cell in panel.cells if cell.any.method == method]
         for number, cell in enumerate(cells):
-            name = f"{method} {rates_text(cell.any, usual)}" if len(cells) > 1 else method
+            name = f"{method} {cell.hyperparameters}" if len(cells) > 1 else method
             draw_cell(axis, cell, panel.quantity, x, name, 1 - 0.8 * number / len(cells))
         behind = panel.quantity == "losses" and x == "epoch" and bool(cells)
         curves = panel.quantity if not panel.cells else cells[0].any.curves if behind else {}
@@ -575,13 +557,12 @@ def main(arguments=None):
         sys.exit(f"No usable run (a directory with config.json and log.txt) below {places}: train one first.")
     tables = make_tables(runs, left_out)
     print(report(tables, left_out), end="")
-    for cell in (cell for cells in tables for cell in cells) if options.plateau else ():
+    for cell in (cell for _, cells in tables for cell in cells) if options.plateau else ():
         falls = ", ".join(middle(values, "+z.0f") for values in cell.phases(plateau))
-        print(f"{cell.any.name}, {cell.any.method}: fall of the loss within each phase (%): {falls}")
-    try:
-        plan = plan_figures(tables, options.plots, options.x) if options.plots else []
-    except ValueError as error:
-        sys.exit(f"summarize.py: {error}")
+        print(
+            f"{cell.any.name}, {cell.any.method} at {cell.hyperparameters}: plateau of each phase (%): {falls}"
+        )
+    plan = plan_figures(tables, options.plots, options.x) if options.plots else []
     if options.csv:
         write(options.csv, lambda: csv_text(tables))
     if options.markdown:
