@@ -20,7 +20,7 @@ import sys
 import textwrap
 from collections import Counter, namedtuple
 from functools import cache
-from itertools import accumulate, count, groupby, pairwise, zip_longest
+from itertools import accumulate, groupby, pairwise, zip_longest
 from pathlib import Path
 from statistics import median
 from urllib.parse import quote
@@ -201,9 +201,8 @@ class Cell:
         self.all_runs, self.any = all_runs, all_runs[0]
         self.runs = [run for run in all_runs if run.finished]
         self.errors = [run.errors[-1] for run in self.runs]
-        differing = usual.items() - {(name, self.any.options.get(name, "none")) for name in usual}
-        names = [name for name in usual if name in dict(differing)]
-        self.unusual = ", ".join(f"{name} {self.any.options.get(name, 'none')}" for name in names)
+        options = {name: self.any.options.get(name, "none") for name in usual}
+        self.unusual = ", ".join(f"{name} {text}" for name, text in options.items() if text != usual[name])
         self.rates = [f"{rate:g}" for rate in self.any.rates]
         self.hyperparameters = ", ".join(filter(None, [*self.rates, self.unusual]))
 
@@ -214,11 +213,9 @@ class Cell:
 
     @property
     def error_text(self):
-        unfinished = len(self.all_runs) - len(self.runs)
         if not self.runs:
             return max(self.all_runs, key=lambda run: len(run.losses)).progress
-        text = middle(self.errors, ".2f", f", n = {len(self.runs)}")
-        return f"{text}; {unfinished} unfinished" if unfinished else text
+        return middle(self.errors, ".2f", f", n = {len(self.runs)}")
 
 
 def middle(values, form, n=""):
@@ -282,7 +279,7 @@ def line_of(cell):
     return {
         "Network": run.model.upper(), "Experiment": run.experiment, "Method": run.method,
         "lr": lr, "lrg": lrg, "Other options": cell.unusual, "Error (%)": cell.error_text,
-        "Paper (%)": f"{paper:.2f}" if paper else "", "Difference": difference,
+        "Paper": f"{paper:.2f}" if paper else "", "Diff.": difference,
     } | {f"Loss at {end}": text for end, text in zip(run.ends, losses, strict=True)}  # fmt: skip
 
 
@@ -312,12 +309,14 @@ def report(tables, left_out):
         shown += [f"== {cells[0].any.title} ==", *wrapped(description)]
         for name, group in groupby(cells, lambda cell: cell.any.name):
             lines = [line_of(cell) for cell in group]
-            others, last = [line.pop("Other options") for line in lines], list(lines[0])[-1]
-            texts = [dict(list(line.items())[2:8]) | {last: line[last].split(" (")[0]} for line in lines]
+            heads = "Method", "lr", "lrg", "Error (%)", "Paper", "Diff.", f"Loss at {cells[0].any.epochs}"
+            texts = [{head: line[head] for head in heads} for line in lines]
+            for text in texts:
+                text[heads[-1]] = text[heads[-1]].split(" (")[0]
             head, *rows = grid(texts)
             shown += ["", *wrapped(name), head]
-            for row, other in zip(rows, others, strict=True):
-                shown += [row, *wrapped(other, "    ")]
+            for row, line in zip(rows, lines, strict=True):
+                shown += [row, *wrapped(line["Other options"], "    ")]
         shown.append("")
     return "\n".join([*shown, *wrapped(NOTE), *not_counted(left_out), ""])
 
@@ -407,38 +406,38 @@ def write(path, make):
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-Panel = namedtuple("Panel", "title quantity cells")  # quantity: losses, errors, or the paper's curves
+DROP = {"color": "0.5", "linewidth": 1, "linestyle": ":"}
+# quantity: losses, errors, or the paper's curves alone. drops: of these.
+Panel = namedtuple("Panel", "title quantity cells drops", defaults=[(), ()])
 
 
 def plan_figures(tables, target, x):
-    """[(table, path, title, panels)]: the losses of the networks with the most methods, then each network."""
-    plan, names = [], {"paper-curves.png"}
+    """[(table, path, title, panels)]: the losses of networks with several methods, then each network."""
+    plan, names = [], Counter(["paper-curves"])
 
     def add(table, words, title, *panels):
         stem = re.sub(r"[^a-z0-9]+", "-", f"{words} {x if x == 'time' else ''}".lower())[:100].strip("-")
-        numbered = (f"{stem or 'figure'}{f'-{number}' * (number > 1)}.png" for number in count(1))
-        names.add(name := next(name for name in numbered if name not in names))
+        names[stem] += 1
+        name = f"{stem or 'figure'}-{names[stem]}.png" if names[stem] > 1 else f"{stem or 'figure'}.png"
         plan.append((table, target / name, title, panels))
 
     for _, cells in tables:
         drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
         groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
-        methods = [len({cell.any.method for cell in group}) for group in groups]
-        most = [group for group, number in zip(groups, methods, strict=True) if number == max(methods)]
-        table, data = cells[0].any.table, cells[0].any.data
-        if len(most) > 1 and any(len(run.losses) > run.ends[0] for cell in drawn for run in cell.all_runs):
-            panels = [Panel(group[0].any.name, "losses", group) for group in most]
-            add(table, f"{data} training loss", f"Training loss on {data}", *panels)
+        compared = [group for group in groups if len({cell.any.method for cell in group}) > 1]
+        if len(compared) > 1:
+            run, panels = cells[0].any, [Panel(group[0].any.name, "losses", group) for group in compared]
+            add(run.table, f"{run.data} training loss", f"Training loss on {run.data}", *panels)
         for run, group in ((group[0].any, group) for group in groups):
             panels = Panel("Training loss", "losses", group), Panel("Test error (%)", "errors", group)
-            add(table, f"{run.experiment} {data} {run.model}", f"{run.name} on {data}", *panels)
+            add(run.table, f"{run.experiment} {run.data} {run.model}", f"{run.name} on {run.data}", *panels)
     if target.suffix and not target.is_dir():
         if len(plan) != 1:
             sys.exit(f"summarize.py: {target} is one file for {len(plan)} figures: give --plots a directory")
         return [(table, target, title, panels) for table, _, title, panels in plan]
-    panels = [
-        Panel(f"{network} on {data}", curves, []) for (data, network), curves in read_paper_curves().items()
-    ]
+    drops = {LABELS.get(name, name): paper.epoch_step for name, paper in PAPER.items()}
+    curves = read_paper_curves().items()
+    panels = [Panel(f"{network} on {data}", of, drops=drops[data]) for (data, network), of in curves]
     title = "The paper's training cross-entropy, read off the authors' poster"
     return [*plan, (None, target / "paper-curves.png", title, panels)]
 
@@ -485,8 +484,10 @@ def draw_panel(axis, panel, x):
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelbottom=True, labelleft=True)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.plot([], [], color="0.5", linestyle=":", label="learning rates drop")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.plot([], [], label="learning rates drop", **DROP)
+    for drop in panel.drops:
+        axis.axvline(drop, **DROP)
     axis.legend(loc="upper right")
     if panel.quantity == "errors":  # without the first epochs, or the last ones cannot be told apart
         later = [e for cell in panel.cells for run in cell.all_runs for e in run.errors[run.epochs // 5 :]]
@@ -502,24 +503,22 @@ def draw_panel(axis, panel, x):
 
 def draw_cell(axis, cell, quantity, x, name, alpha):
     """All seeds thin, the median of the finished ones thick, drops dotted."""
-    colour, runs = COLOURS[cell.any.method], [run for run in cell.all_runs if run.losses]
-    steps = {run: run.minutes if x == "time" else [*range(1, len(run.losses) + 1)] for run in runs}
+
+    def curve(run):
+        return run.minutes if x == "time" else range(1, len(run.losses) + 1), getattr(run, quantity)
+
+    style, runs = {"color": COLOURS[cell.any.method]}, [run for run in cell.all_runs if run.losses]
     for run in runs:
-        style = {"linewidth": 0.8, "marker": "o" if len(run.losses) == 1 else None}  # one epoch makes no line
-        axis.plot(steps[run], getattr(run, quantity), color=colour, alpha=0.6 * alpha, **style)
-    middle_steps, values = [], []
-    if cell.runs:
-        middle_steps = [median(at) for at in zip(*(steps[run] for run in cell.runs), strict=True)]
-        values = [median(of) for of in zip(*(getattr(run, quantity) for run in cell.runs), strict=True)]
-    n = len(cell.runs)
-    name += f" (median of {n})" if n > 1 else " (unfinished)" * (n == 0)
-    axis.plot(middle_steps, values, color=colour, linewidth=2, alpha=alpha, label=name)
-    reached = middle_steps or max(steps.values(), key=len)
+        marker = "o" if len(run.losses) == 1 else None  # one epoch makes no line
+        axis.plot(*curve(run), linewidth=0.8, alpha=0.6 * alpha, marker=marker, **style)
+    middle = [[median(at) for at in zip(*of, strict=True)] for of in zip(*map(curve, cell.runs), strict=True)]
+    name += f" (median of {len(cell.runs)})" if len(cell.runs) > 1 else ""
+    name += "" if cell.runs else " (unfinished)"
+    axis.plot(*(middle or ([], [])), linewidth=2, alpha=alpha, label=name, **style)
+    reached = middle[0] if middle else max((curve(run)[0] for run in runs), key=len)
     for drop in cell.any.drops:
         if drop <= len(reached):  # after so many epochs; against time each method drops at its own moment
-            axis.axvline(
-                reached[drop - 1], color=colour if x == "time" else "0.5", linewidth=1, linestyle=":"
-            )
+            axis.axvline(reached[drop - 1], **(DROP | (style if x == "time" else {})))
 
 
 # ------------------------------------------------------------------------------------------------ the program
@@ -529,17 +528,11 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
-    add(
-        "--markdown", type=Path, metavar="PAGE", help="write the tables there, between this program's markers"
-    )
+    add("--markdown", type=Path, metavar="PAGE", help="write the tables there, between its two markers")
     add("--csv", type=Path, metavar="FILE", help="write one line per cell there, with all digits")
     add("--plots", type=Path, metavar="DIR_OR_FILE", help="draw a figure for each network and data set")
     add("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
-    add(
-        "--plateau",
-        action="store_true",
-        help="print how far the loss fell within each phase, between its halves",
-    )
+    add("--plateau", action="store_true", help="print how far the loss fell between each phase's halves")
     options = parser.parse_args(arguments)
     for directory in options.directories:
         if not directory.is_dir():
@@ -559,9 +552,7 @@ def main(arguments=None):
     print(report(tables, left_out), end="")
     for cell in (cell for _, cells in tables for cell in cells) if options.plateau else ():
         falls = ", ".join(middle(values, "+z.0f") for values in cell.phases(plateau))
-        print(
-            f"{cell.any.name}, {cell.any.method} at {cell.hyperparameters}: plateau of each phase (%): {falls}"
-        )
+        print(f"{cell.any.name}, {cell.any.method} at {cell.hyperparameters}: plateaus (%): {falls}")
     plan = plan_figures(tables, options.plots, options.x) if options.plots else []
     if options.csv:
         write(options.csv, lambda: csv_text(tables))
