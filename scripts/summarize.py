@@ -484,7 +484,7 @@ def draw_panel(axis, panel, x):
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelbottom=True, labelleft=True)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.plot([], [], label="learning rates drop", **DROP)
     for drop in panel.drops:
         axis.axvline(drop, **DROP)
