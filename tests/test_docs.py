@@ -243,18 +243,24 @@ def test_the_papers_numbers_and_ours():
 
 def test_the_tables_by_hand_are_those_made_from_the_logs():
     """Of the whole schedules: ends of phases, plateau and test error, all but the one-change table."""
+    runs, _ = summarize.read_runs([ROOT / "logs/published/whole-schedule/cifar10-jpeg-1000"])
+    ((_, made),) = summarize.make_tables(runs, [])
+    made = {(cell.any.model.upper(), cell.any.method): cell for cell in made}
     cells = [[cell.replace("**", "") for cell in row] for row in table_rows(RESULTS)]
-    made = {network: [r for r in cells if r[:2] == [network, "whole-schedule"]] for network in NETWORKS}
     by_hand = [row for row in cells if len(row) == 10 and row[0] in {*PHASES, "test error (%)"}]
     assert [row[0] for row in by_hand] == [*PHASES, "test error (%)", *PHASES[1:]]
     for number, row in enumerate(by_hand):
         for network, ours in zip(NETWORKS, (row[4:7], row[7:]), strict=True):
-            if row[0] == "test error (%)":
-                source = next(r for r in made[network] if len(r) == 5)[2:]
-            else:  # the tables follow each other: ends of phases, lowest and rise, plateau
-                ends, _, plateau = (r[3:6] for r in made[network] if r[2] == row[0])
-                source = ends if number < len(PHASES) else plateau
-            assert ours == [cell.split(" (")[0] for cell in source], (row[0], network)
+            for method, text in zip(summarize.METHODS.values(), ours, strict=True):
+                cell = made[network, method]
+                if row[0] == "test error (%)":
+                    expected = f"{median(cell.errors):.2f}"
+                else:  # the tables follow each other: ends of phases, plateau
+                    is_end = number < len(PHASES)
+                    values = cell.phases(summarize.loss_at_end if is_end else summarize.plateau)
+                    value = median(values[PHASES.index(row[0])])
+                    expected = f"{value:#.3g}" if is_end else f"{value:+z.0f}%"
+                assert text == expected, (row[0], network, method)
 
 
 def test_the_papers_columns_are_its_curves():
