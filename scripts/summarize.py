@@ -201,6 +201,9 @@ class Cell:
         self.all_runs, self.any = all_runs, all_runs[0]
         self.runs = [run for run in all_runs if run.finished]
         self.errors = [run.errors[-1] for run in self.runs]
+        furthest = max(all_runs, key=lambda run: len(run.losses))
+        n = f", n = {len(self.runs)}"
+        self.error_text = middle(self.errors, ".2f", n) if self.runs else furthest.progress
         options = {name: self.any.options.get(name, "none") for name in usual}
         self.unusual = ", ".join(f"{name} {text}" for name, text in options.items() if text != usual[name])
         self.rates = [f"{rate:g}" for rate in self.any.rates]
@@ -210,12 +213,6 @@ class Cell:
         """For each phase a list: `measure` of the losses in it, of each finished run."""
         bounds = list(pairwise([0, *self.any.ends])) if self.runs else []
         return [[measure(run.losses[start:end]) for run in self.runs] for start, end in bounds]
-
-    @property
-    def error_text(self):
-        if not self.runs:
-            return max(self.all_runs, key=lambda run: len(run.losses)).progress
-        return middle(self.errors, ".2f", f", n = {len(self.runs)}")
 
 
 def middle(values, form, n=""):
@@ -262,12 +259,9 @@ def make_table(cells):
         usual[method] = {name: counts.most_common(1)[0][0] for name, counts in values.items()}
         for name, value in usual[method].items():
             shared.setdefault(f"{name} {value}", []).append(method)
-    texts = [
-        text + (f" ({', '.join(methods)})" if len(methods) < len(usual) else "")
-        for text, methods in shared.items()
-        if not text.endswith((" none", " False"))
-    ]
-    description = f"{cells[0][0].table[2]}; unless said otherwise {', '.join(sorted(texts))}."
+    whose = {text: f" ({', '.join(of)})" if len(of) < len(usual) else "" for text, of in shared.items()}
+    texts = sorted(text + of for text, of in whose.items() if not text.endswith((" none", " False")))
+    description = f"{cells[0][0].table[2]}; unless said otherwise {', '.join(texts)}."
     return description, [Cell(runs, usual[runs[0].method]) for runs in cells]
 
 
@@ -376,18 +370,16 @@ def csv_text(tables):
             "phases": " ".join(f"{loss:.6g}" for loss in losses),
             "images_per_sec": median(median(run.speeds) for run in cell.runs) if errors else None,
         }  # fmt: skip
+        for name, value in record.items():
+            if isinstance(value, float):
+                record[name] = f"{value:.6g}"
+            elif str(value).startswith(("=", "+", "-", "@")):
+                record[name] = f"'{value}"  # or a spreadsheet would take it for a formula
         if not writer:
             writer = csv.DictWriter(file, record)
             writer.writeheader()
-        writer.writerow({name: spreadsheet(value) for name, value in record.items()})
+        writer.writerow(record)
     return file.getvalue()
-
-
-def spreadsheet(value):
-    """As a cell of a CSV file. Text that would be taken for a formula gets a mark before it."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"'{value}" if str(value).startswith(("=", "+", "-", "@")) else value
 
 
 def write(path, make):
@@ -521,10 +513,7 @@ def draw_cell(axis, cell, quantity, x, name, alpha):
             axis.axvline(reached[drop - 1], **(DROP | (style if x == "time" else {})))
 
 
-# ------------------------------------------------------------------------------------------------ the program
-
-
-def parse_arguments(arguments):
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="where to look for runs")
@@ -534,14 +523,6 @@ def parse_arguments(arguments):
     add("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
     add("--plateau", action="store_true", help="print how far the loss fell between each phase's halves")
     options = parser.parse_args(arguments)
-    for directory in options.directories:
-        if not directory.is_dir():
-            parser.error(f"{printable(directory)} is not a directory: name one that holds runs.")
-    return options
-
-
-def main(arguments=None):
-    options = parse_arguments(arguments)
     runs, left_out = read_runs(options.directories)
     for sentence in left_out:
         print(f"summarize.py: left out {sentence}", file=sys.stderr)
