@@ -282,6 +282,25 @@ def test_the_papers_columns_are_its_curves():
         assert row[1:] == falls
 
 
+def test_the_papers_curves_are_those_that_the_page_quotes():
+    """Before each drop, the lowest in bold; and SGD leads before the first drop on CIFAR, nowhere on SVHN."""
+    quoted = {
+        int(epoch): line.split("|") for epoch, line in re.findall(r"^\| (\d+), .*?\|(.*)\|$", RESULTS, re.M)
+    }
+    assert list(quoted) == [58, 118, 158, 198]
+    for index, ((data, _), methods) in enumerate(summarize.read_paper_curves().items()):
+        assert tuple(methods) == ("SGD", "SGD-G", "Adam-G")
+        losses = [dict(points) for points in methods.values()]
+        for epoch, numbers in quoted.items():
+            shown = [number.strip() for number in numbers[3 * index : 3 * index + 3] if number.strip()]
+            read = [loss[epoch] for loss in losses if epoch in loss]
+            assert [float(number.strip("*")) for number in shown] == read
+            assert ["*" in number for number in shown] == [loss == min(read) for loss in read]
+        for epoch in set.intersection(*map(set, losses)):
+            leads = losses[0][epoch] == min(loss[epoch] for loss in losses)
+            assert epoch > 60 or leads == (data != "SVHN"), (data, epoch)
+
+
 def outcome(run, *ends):
     """Of a published run: the median training loss of three epochs before each end, and its last error."""
     epochs = log_lines(run)
