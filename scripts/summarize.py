@@ -392,7 +392,7 @@ def write(path, make):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path.resolve(), lambda file: file.write(content))
     except Exception as error:
-        sys.exit(f"summarize.py: cannot write {path}: {error.__cause__ or error}")
+        sys.exit(printable(f"summarize.py: cannot write {path}: {error.__cause__ or error}"))
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -544,13 +544,14 @@ def main(arguments=None):
         try:
             draw(path, title, panels, options.x)
         except Exception as error:
-            sys.exit(f"summarize.py: cannot draw {printable(path)}: {printable(error)}")
+            sys.exit(printable(f"summarize.py: cannot draw {path}: {error}"))
     if plan:
         print("\nFigures:", *(printable(path) for _, path, *_ in plan))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal cannot show
     try:
         main()
     except BrokenPipeError:  # whoever read the output has left, as `head` does

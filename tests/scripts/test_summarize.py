@@ -544,7 +544,7 @@ def test_cells_of_one_method_are_told_apart(panels):
 
 @pytest.mark.parametrize("last", [8.0, 1.0])
 def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels, last):
-    """They fall by a point an epoch: the first two would press the last together. From 0 on, if it is near."""
+    """They fall by a point an epoch: the first two would press the last together. From 0, if near."""
     draw_run("a", last, epochs=10)
     low, high = panels()["digits-wrn-10-1.png"][1].get_ylim()
     assert high == pytest.approx(1.1 * (last + 7))
