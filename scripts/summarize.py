@@ -148,7 +148,7 @@ def read_runs(roots):
     for root in roots:
         walk = os.walk(root, onerror=lambda error: leave_out(error.filename, error), followlinks=True)
         for folder, subfolders, files in walk:
-            path, is_run = Path(folder), {"config.json", "log.txt"} & {*files, *subfolders}
+            path, is_run = Path(folder), {"config.json", "log.txt"} & set(files)
             subfolders[:] = sorted(name for name in subfolders if name != "published")
             if path.resolve() in seen:
                 subfolders.clear()  # or a link to a folder above would lead round and round

@@ -387,7 +387,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         (" or len(records) > self.epochs", "", "tables odd_run"),
         ("if epochs != tuple(range(1, len(records) + 1)) or", "if", "tables odd_run"),
         ("if file.exists() and not file.is_file()", 'if file.is_fifo()', "tables odd_run"),
-        ("{*files, *subfolders}", "{*files}", "tables odd_run"),
         ("onerror=lambda error: leave_out(error.filename, error), ", "", "tables looked_into"),
         (' if name != "published")', ")", "tables published_runs"),
         ("[Cell(runs, usual[runs[0].method]) for runs in cells]", "[[Cell(r, usual[r[0].method]) for r in cells][i] for i in range(len(cells))]", "tables times_the_work"),
