@@ -98,9 +98,8 @@ def print_epoch(options: Options, stats: dict) -> None:
 
 def print_stopped(t: "Training", reason: str, steps: int) -> None:
     """Why, where, and how to go on; steps: of an epoch."""
-    size, interpreter = distributed.world_size(), os.path.relpath(sys.executable)
-    interpreter = min(interpreter, sys.executable, key=len) if "/" in interpreter else "python"
-    way = f"{shlex.quote(interpreter)} main.py --resume {shlex.quote(str(t.options.save))}"
+    size = distributed.world_size()
+    way = f"{shlex.quote(sys.executable)} main.py --resume {shlex.quote(str(t.options.save))}"
     way += f", with {size} processes" if size > 1 else ""
     where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
     print(printable(f"stopped by {reason} {where}; to continue: {way}"))
