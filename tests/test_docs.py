@@ -239,11 +239,12 @@ def test_the_table_of_one_change_after_the_other():
 def test_the_table_of_each_methods_own_rates():
     """The grid's best, and the whole schedule with them where it was run."""
     for name, held_out, *numbers in table(RESULTS, "at `lr`, `lrg`"):
-        network, method, rates = re.match(r"(.*): (.*) at (.*)", name).groups()
-        best = min(runs("grid", network, NAMES[method], images=2000), key=lambda run: run.error)
+        network, label, rates = re.match(r"(.*): (.*) at (.*)", name).groups()
+        method = NAMES[label]
+        best = min(runs("grid", network, method, images=2000), key=lambda run: run.error)
         assert ([held_out], list(map(float, rates.split(", ")))) == (best.row(), best.rates)
-        found = [runs(name, network, NAMES[method], "seed0") for name in ("own-rates", "whole-schedule")]
-        found = [run.row(*ENDS) for run in sum(found, []) if run.rates == best.rates]
+        whole = runs("own-rates", network, method, "seed0") + runs("whole-schedule", network, method, "seed0")
+        found = [run.row(*ENDS) for run in whole if run.rates == best.rates]
         assert [numbers] == (found or [["not run", *[""] * len(ENDS)]])
 
 
