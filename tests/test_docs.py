@@ -114,13 +114,6 @@ def test_the_file_map_is_whole():
     assert {page for page in PAGES if page.startswith("docs/")} - NOT_HERE <= mapped
 
 
-def anchors(markdown):
-    """Those that GitHub gives a page's headings."""
-    return {
-        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", markdown, re.M)
-    }
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_paths_and_places_in_the_code_exist(page):
     text, here = TEXT[page], (ROOT / page).parent
@@ -129,7 +122,8 @@ def test_links_paths_and_places_in_the_code_exist(page):
         target = here / path if path else ROOT / page
         if not link.startswith("https://"):
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text()), link
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else [""]
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
     kinds = "py|sh|md|txt|pt|png|csv|json|toml|cff|yml"
     paths = re.findall(rf"(?<![\w./<>*-])[\w./-]+\.(?:{kinds})\b", re.sub(r"\]\(.*?\)|https://\S+", "", text))
     for path in set(paths) - NOT_HERE:
@@ -237,7 +231,8 @@ def test_the_table_of_one_change_after_the_other():
 
 
 def test_the_table_of_each_methods_own_rates():
-    """The grid's best, and the whole schedule with them where it was run."""
+    """The grid's best; the whole schedule with them where it was run; what the table of claims says of it."""
+    last = {}
     for name, held_out, *numbers in table(RESULTS, "at `lr`, `lrg`"):
         network, label, rates = re.match(r"(.*): (.*) at (.*)", name).groups()
         method = NAMES[label]
@@ -246,6 +241,12 @@ def test_the_table_of_each_methods_own_rates():
         whole = runs("own-rates", network, method, "seed0") + runs("whole-schedule", network, method, "seed0")
         found = [run.row(*ENDS) for run in whole if run.rates == best.rates]
         assert [numbers] == (found or [["not run", *[""] * len(ENDS)]])
+        last[network, label] = numbers[-2:]
+    claims = [row for row in table(RESULTS, "claim") if "own rates" in row[0]]
+    for network, place in (("VGG-11", 2), ("WRN-16-2", 3)):
+        (loss, error), (of_sgd, error_of_sgd) = (map(float, last[network, m]) for m in ("SGD-G", "SGD"))
+        said = re.findall(r"\d+\.\d+", " ".join(row[place] for row in claims))
+        assert said == [f"{loss / of_sgd:.2f}", f"{error_of_sgd - error:.1f}"]
 
 
 def test_the_table_of_the_last_layers():
