@@ -130,14 +130,13 @@ class Peer(torch.optim.Optimizer):
             part.step()
 
 
-def with_last_layer(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The same optimizer with groups of their own for the last layer: first, as the log has the last rate."""
-    fc, groups = set(model.fc.parameters()), []
-    for group in optimizer.param_groups:
-        last = [p for p in group["params"] if p in fc]
-        groups.insert(0, {**group, "params": last, "lr": lr, "name": f"fc, {group['name']}"})
-        groups.append({**group, "params": [p for p in group["params"] if p not in fc]})
-    return type(optimizer)([group for group in groups if group["params"]])
+def split_off(layer: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give the layer's parameters groups of their own, at the rate lr."""
+    own = set(layer.parameters())
+    for group in list(optimizer.param_groups):
+        if last := [p for p in group["params"] if p in own]:
+            group["params"] = [p for p in group["params"] if p not in own]
+            optimizer.add_param_group({**group, "params": last, "lr": lr, "name": f"fc, {group['name']}"})
 
 
 def cost(optimizer: torch.optim.Optimizer) -> dict:
@@ -163,16 +162,16 @@ def evaluate(save: str, root: str) -> dict:
     return {"images": int(images.replace(",", "")), "loss": float(loss), "error": float(error)}
 
 
-def run(method: str, fc_lr: float | None, test: str | None, words: list[str], save: str) -> dict:
+def run(args: argparse.Namespace, words: list[str], save: str) -> dict:
     """Train in the directory `save`; what goes to the JSON."""
-    flags, *names = METHODS[method]
+    flags, *names = METHODS[args.method]
     own, calls = program.make_optimizer, []
 
-    def make_optimizer(*call):
-        calls.append(call)  # model, options
-        optimizer = own(*call)
-        if fc_lr is not None:
-            optimizer = with_last_layer(optimizer, call[0], fc_lr)
+    def make_optimizer(model, options):
+        calls.append((model, options))
+        optimizer = own(model, options)
+        if args.fc_lr is not None:
+            split_off(model.fc, optimizer, args.fc_lr)
         return Peer(optimizer.param_groups, *names) if names else optimizer
 
     # main.py has no flag for other optimizers; with this one name replaced, all else of the run is its own.
@@ -182,10 +181,10 @@ def run(method: str, fc_lr: float | None, test: str | None, words: list[str], sa
     lines = [json.loads(line.partition(": ")[2]) for line in Path(save, "log.txt").read_text().splitlines()]
     epochs = {name: [line[name] for line in lines] for name in ("train_loss", "test_loss", "angle_degrees")}
     return {
-        **{"method": method, "optimizers": names, "fc_lr": fc_lr},
+        **{"method": args.method, "optimizers": names, "fc_lr": args.fc_lr},
         **json.loads(Path(save, "config.json").read_text()),
         "cost": cost(make_optimizer(*calls[0])),  # a new one, as main.py measures in the first one's steps
-        "test": evaluate(save, test) if test else None,
+        "test": evaluate(save, args.test) if args.test else None,
         "epochs": {"test_error": [round(100 - line["test_acc"], 4) for line in lines], **epochs},
     }
 
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     args, words = parser.parse_known_args(argv)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as save:  # checkpoints too, which nobody can resume
-        result = run(args.method, args.fc_lr, args.test, words, save)
+        result = run(args, words, save)
     args.json.write_text(json.dumps(result) + "\n")
 
 

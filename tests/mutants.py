@@ -39,6 +39,7 @@ FILES = {  # of tests, by the word that begins a selection; an expression as of 
     "vgg": "tests/training/test_vgg.py", "ranks": "tests/training/test_distributed.py",
     "benchmarks": "tests/scripts/test_benchmarks.py", "dry": "tests/training/test_cuda_dry_run.py", "tables": "tests/scripts/test_summarize.py",
     "figures": "tests/scripts/test_figures.py", "sweeps": "tests/scripts/test_sweeps.py",
+    "peers": "tests/scripts/test_peers.py",
 }  # fmt: skip
 VERDICTS = {0: "SURVIVED", 1: "caught"}  # by pytest's exit code
 WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
@@ -214,6 +215,22 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("for size in reversed(range(n))", "for size in reversed(range(1))", "benchmarks regularizer_precision"),
         ("range(0, a.shape[1], 128))", "range(0, a.shape[1], 1280))", "benchmarks regularizer_precision"),
         ("i <= j or not symmetric", "i < j or not symmetric", "benchmarks costs"),
+    ],
+    "benchmarks/peers.py": [
+        ("u * length.atan() if", "u * length if", "peers closed_form"),
+        ("go.unit(y + d)[0] if", "go.exp_map(y, d) if", "peers closed_form"),
+        ('if "untransported" not in group["changes"]:', "if True:", "peers closed_form"),
+        ("d = go.project(y, tau)", "d = tau", "peers closed_form"),
+        ('if group["grad_clip"] is None', "if True", "peers closed_form"),
+        ("w *= radius / w.norm()", "pass", "peers adamh"),
+        ("lr * radius / u.norm() * u", "lr * u", "peers adamh"),
+        ('part.param_groups[0]["lr"] = group["lr"]', "pass", "peers moves"),
+        ("matrix(p.data)) for p in", "matrix(p.data).clone()) for p in", "peers moves"),
+        ('of_rows if group.get("grassmann") else of_rest', "of_rest", "peers a_run"),
+        ('"params": last, "lr": lr,', '"params": last,', "peers last_layer"),
+        ('"make_optimizer", make_optimizer)', '"make_optimizer", own)', "peers a_run"),
+        ('getattr(one, "parts", [one])', "[one]", "peers a_run"),
+        ("round(100 - line", "round(line", "peers a_run"),
     ],
     "benchmarks/last_layer.py": [
         ("t.model.train()", "t.model.eval()", "benchmarks that_of_training"),

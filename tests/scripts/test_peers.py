@@ -1,0 +1,108 @@
+"""benchmarks/peers.py: rules as their closed forms, on the weights of main.py's groups, in its training."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, call, log_lines
+from torch.testing import assert_close
+
+import grassmann_optimizer as go
+import main
+from options import parse_options
+
+sys.path.append(str(ROOT / "benchmarks"))
+import peers
+
+GROUP = {"lr": 0.2, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.5, "weight_decay": 0.0}
+
+
+def part_of(name, weight, grad):
+    """One optimizer of `weight`, a copy of which it moves, with a gradient."""
+    p = torch.nn.Parameter(weight.clone())
+    p.grad = grad.clone()
+    return p, peers.make_part(name, [p], {**GROUP, "params": [p]})
+
+
+def optimizer_of(method):
+    """A small network, which has gradients; the method's optimizer; the weights as they were."""
+    flags, *names = peers.METHODS[method]
+    options, *_ = parse_options([*flags, "--depth", "10", "--width", "1", "--summary"])
+    model = main.make_model(options, 10).to(memory_format=torch.channels_last)
+    main.random_loss(model).backward()
+    optimizer = main.make_optimizer(model, options)
+    optimizer = peers.Peer(optimizer.param_groups, *names) if names else optimizer
+    return model, optimizer, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["exact", "retract", "untransported", "oblique"])
+def test_each_ablation_is_its_closed_form(method):
+    y, g, tau = torch.randn(3, 4, 9, dtype=torch.float64)
+    y, _ = go.unit(y)
+    tau = 0.3 * go.project(y, tau)
+    h = go.clip_by_norm(go.project(y, g + 0.1 * go.orthogonality_gradient(y)), 0.5)
+    d = 0.9 * tau - 0.2 * h  # what follows is all that the methods differ in
+    p, optimizer = part_of(peers.METHODS[method][1], y, g)
+    optimizer.state[p]["momentum_buffer"] = tau
+    optimizer.step()
+    length = d.norm(dim=-1, keepdim=True)
+    straight = (y + d) / (1 + length**2).sqrt()
+    assert_close(p.detach(), straight if method in ("retract", "oblique") else go.exp_map(y, d))
+    if method in ("untransported", "oblique"):
+        assert_close(tau, d)
+        optimizer.step()  # by its tangent part
+        assert_close(p.norm(dim=-1), torch.ones(4, dtype=torch.float64))
+    else:  # parallel: tangent at the new row, as long as it was, in the plane of y and d
+        assert_close((tau * p).sum(-1), torch.zeros(4, dtype=torch.float64))
+        assert_close(tau.norm(dim=-1, keepdim=True), length)
+        assert_close(
+            tau, y * (y * tau).sum(-1, keepdim=True) + d * (d * tau).sum(-1, keepdim=True) / length**2
+        )
+
+
+def test_adamh_keeps_the_length_of_a_matrix():
+    w, g = torch.randn(2, 5, 8, dtype=torch.float64)
+    p, optimizer = part_of("AdamH", w, g)
+    optimizer.step()  # Adam's first step is the gradient's sign
+    straight = w - 0.2 * w.norm() * g.sign() / math.sqrt(40)
+    assert_close(p.detach(), straight * w.norm() / straight.norm(), rtol=1e-6, atol=1e-6)
+    optimizer.step()
+    assert_close(p.norm(), w.norm())
+
+
+@pytest.mark.parametrize("method", [name for name, (_, *rules) in peers.METHODS.items() if rules])
+def test_each_rule_moves_the_networks_own_weights_at_its_groups_rate(method):
+    if package := {"rsgd": "geoopt", "sgdp": "adamp"}.get(method):
+        pytest.importorskip(package)
+    model, optimizer, before = optimizer_of(method)
+    group = optimizer.param_groups[0]
+    if method not in ("adamw", "sgdp"):
+        assert set(group["params"]) == set(go.grassmann_weights(model).values())
+    group["lr"] = 0.0  # as a schedule changes it
+    optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.allclose(p, before[name], atol=1e-6)}
+    assert still == {name for name, p in model.named_parameters() if p in set(group["params"])}
+
+
+@pytest.mark.parametrize("method", ["sgd", "sgdg"])
+def test_the_last_layer_has_a_rate_of_its_own(method):
+    model, optimizer, before = optimizer_of(method)
+    peers.split_off(model.fc, optimizer, 0.0)
+    optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {"fc.weight", "fc.bias"}
+
+
+def test_a_run_is_main_pys_own_with_another_optimizer(tiny, images_root, tmp_path):
+    words, file = tiny("SGDG", tmp_path / "main"), tmp_path / "new" / "exact.json"
+    assert call(*words).code == 0
+    peers.main(["exact", *words[:-2], "--json", str(file), "--test", str(images_root)])
+    result, own = json.loads(file.read_text()), log_lines(tmp_path / "main")
+    epochs, cost = result["epochs"], result["cost"]
+    assert epochs["train_loss"] == pytest.approx([line["train_loss"] for line in own], rel=1e-4)
+    assert result["test"]["images"] == 18
+    assert result["test"]["loss"] == pytest.approx(epochs["test_loss"][-1], rel=1e-3)
+    assert result["test"]["error"] == pytest.approx(epochs["test_error"][-1], abs=0.01)
+    assert cost["state_bytes"] == cost["sgd_state_bytes"] > 0
