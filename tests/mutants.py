@@ -227,7 +227,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('part.param_groups[0]["lr"] = group["lr"]', "pass", "peers moves"),
         ("matrix(p.data)) for p in", "matrix(p.data).clone()) for p in", "peers moves"),
         ('of_rows if group.get("grassmann") else of_rest', "of_rest", "peers a_run"),
-        ('"params": last, "lr": lr,', '"params": last,', "peers last_layer"),
+        ('"params": last, "lr": lr,', '"params": last,', "peers moves"),
         ('"make_optimizer", make_optimizer)', '"make_optimizer", own)', "peers a_run"),
         ('getattr(one, "parts", [one])', "[one]", "peers a_run"),
         ("round(100 - line", "round(line", "peers a_run"),
