@@ -1,7 +1,6 @@
 """benchmarks/peers.py: rules as their closed forms, on the weights of main.py's groups, in its training."""
 
 import json
-import math
 import sys
 
 import pytest
@@ -16,44 +15,41 @@ from options import parse_options
 sys.path.append(str(ROOT / "benchmarks"))
 import peers
 
-GROUP = {"lr": 0.2, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.5, "weight_decay": 0.0}
-
 
 def part_of(name, weight, grad):
-    """One optimizer of `weight`, a copy of which it moves, with a gradient."""
+    """A copy of `weight` that has the gradient, and an optimizer of it alone."""
     p = torch.nn.Parameter(weight.clone())
     p.grad = grad.clone()
-    return p, peers.make_part(name, [p], {**GROUP, "params": [p]})
+    group = {"lr": 0.2, "momentum": 0.9, "omega": 0.1, "grad_clip": 0.5, "weight_decay": 0.0}
+    return p, peers.make_part(name, [p], group)
 
 
 @pytest.mark.parametrize("method", ["exact", "retract", "untransported", "oblique"])
 def test_each_ablation_is_its_closed_form(method):
-    y, g, tau = torch.randn(3, 4, 9, dtype=torch.float64)
-    y, _ = go.unit(y)
+    y, g, tau = go.unit(torch.randn(3, 4, 9, dtype=torch.float64))[0]
     tau = 0.3 * go.project(y, tau)
     h = go.clip_by_norm(go.project(y, g + 0.1 * go.orthogonality_gradient(y)), 0.5)
     d = 0.9 * tau - 0.2 * h  # what follows is all that the methods differ in
     p, optimizer = part_of(peers.METHODS[method][1], y, g)
     optimizer.state[p]["momentum_buffer"] = tau
     optimizer.step()
-    length = d.norm(dim=-1, keepdim=True)
-    straight = (y + d) / (1 + length**2).sqrt()
-    assert_close(p.detach(), straight if method in ("retract", "oblique") else go.exp_map(y, d))
+    length, retracts = d.norm(dim=-1, keepdim=True), method in ("retract", "oblique")
+    assert_close(p.detach(), (y + d) / (1 + length**2).sqrt() if retracts else go.exp_map(y, d))
     if method in ("untransported", "oblique"):
         assert_close(tau, d)
         optimizer.step()  # by its tangent part
         assert_close(p.norm(dim=-1), torch.ones(4, dtype=torch.float64))
     else:  # tangent at the new row, and as long as d, from which it has turned as the row from y
-        products = [(a * b).sum(-1, keepdim=True) for a, b in ((tau, p), (tau, tau), (tau, d), (p, y))]
-        cosine = products.pop()
-        assert_close(torch.cat(products, 1), torch.cat([0 * length, length**2, length**2 * cosine], 1))
+        along, square, turned, cosine = ((a * b).sum(-1) for a, b in ((tau, p), (tau, tau), (tau, d), (p, y)))
+        for found, expected in ((along, 0), (square, length**2), (turned, length**2 * cosine[:, None])):
+            assert_close(found[:, None], expected + 0 * length)
 
 
 def test_adamh_keeps_the_length_of_a_matrix():
     w, g = torch.randn(2, 5, 8, dtype=torch.float64)
     p, optimizer = part_of("AdamH", w, g)
     optimizer.step()  # Adam's first step is the gradient's sign
-    straight = w - 0.2 * w.norm() * g.sign() / math.sqrt(40)
+    straight = w - 0.2 * w.norm() * g.sign() / 40**0.5
     assert_close(p.detach(), straight * w.norm() / straight.norm(), rtol=1e-6, atol=1e-6)
     optimizer.step()
     assert_close(p.norm(), w.norm())
