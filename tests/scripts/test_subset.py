@@ -1,4 +1,4 @@
-"""scripts/subset.py: the first pictures of each class, the same ones for everyone."""
+"""scripts/subset.py: the first images of each class, the same ones for everyone."""
 
 import sys
 
@@ -12,12 +12,12 @@ def take(monkeypatch, *words):
     return subset.main()
 
 
-def test_takes_the_first_pictures_of_each_class_by_name(pictures_root, tmp_path, monkeypatch, capsys):
+def test_takes_the_first_images_of_each_class_by_name(pictures_root, tmp_path, monkeypatch, capsys):
     assert take(monkeypatch, pictures_root, tmp_path / "few", "--train", 5, "--test", 2) == 0
-    assert "21 pictures" in capsys.readouterr().out
+    assert "21 images" in capsys.readouterr().out
     expected = {
-        name: picture
-        for name, picture in contents(pictures_root).items()
+        name: image
+        for name, image in contents(pictures_root).items()
         if int(name[-6:-4]) < (5 if name.startswith("train") else 2)
     }
     assert contents(tmp_path / "few") == expected
@@ -28,10 +28,9 @@ def test_takes_the_first_pictures_of_each_class_by_name(pictures_root, tmp_path,
 @pytest.mark.parametrize(
     ("source", "train", "test", "message"),
     [
-        ("pictures", 17, 1, "holds 16 pictures, fewer than 17"),
-        ("pictures", 0, 1, "at least 1"),
-        ("pictures/train", 1, 1, "is no directory"),
-        ("nowhere", 1, 1, "is no directory"),
+        ("pictures", 17, 1, "train should hold one folder for each class, each with at least 17 images"),
+        ("pictures", 1, 0, "test should hold"),
+        ("pictures/train/class0", 1, 1, "class0/train"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(
