@@ -1,9 +1,16 @@
 """Fixtures: a tiny data set, finished runs of it, and no network."""
 
+import sys
 import urllib.error
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+if missing := [name for name in ("torch", "cv2", "hypothesis", "geoopt") if not find_spec(name)]:
+    needed = "pip install -r requirements.txt -r requirements-test.txt"
+    sys.exit(f"the tests need {', '.join(missing)}: {needed}")
+
 from helpers import METHODS, Outcome, call, make_pictures
 
 

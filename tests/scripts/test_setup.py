@@ -1,4 +1,4 @@
-"""scripts/setup.sh and the quick start: which Python a script takes, and that nothing of the user's is lost."""
+"""scripts/setup.sh and the quick start: which Python they take, and that nothing of the user's is lost."""
 
 import os
 import re
