@@ -358,7 +358,7 @@ def test_a_second_signal_ends_the_runs_at_once(tree, start):
     assert not list(tree.rglob("asked"))
 
 
-def test_what_the_real_main_leaves_is_what_a_sweep_looks_for(tree, pictures_root, monkeypatch):
+def test_the_real_thing_leaves_what_a_sweep_looks_for(tree, pictures_root, monkeypatch):
     """A copy that does not keep times makes a checkpoint look older than its log: main.py then judges it."""
     cell = {"MODELS": "wrn-10-1", "DATASETS": "folder", "METHODS": "SGDG", "SEEDS": "0", "EPOCHS": 1}
     words = ["--", "--dataroot", pictures_root, "--batch_size", "16"]
