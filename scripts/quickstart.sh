@@ -17,11 +17,10 @@ if [ -z "${OMP_NUM_THREADS:-}" ] && "$python" scripts/threads.py; then
     export OMP_NUM_THREADS=1
 fi
 
-# A run takes 165 steps, the paper's 78,125. Its Euclidean rate of 0.01 for SGD-G and Adam-G is made for
-# those: here the last layer would stay behind (training loss 0.4 to 0.5 at the end, against SGD's 0.2). Hence
-# the rates below. And no dropout: the paper's 0.3 is made for networks 470 times as large; with it SGD ends
-# at 16 to 19% test error instead of 2 to 3%. (One or two seeds each.) This shows that everything works; it is
-# not the paper's result, and with 360 test images a difference of 1% between the methods means nothing.
+# A run takes 165 steps, the paper's 78,125. The paper's Euclidean rate of 0.01 for SGD-G and Adam-G would leave
+# the last layer behind here, and its dropout of 0.3 is made for networks 470 times as large (SGD's test error
+# would be 16 to 19% instead of 2 to 3%; one or two seeds). This shows that everything works; it is not the
+# paper's result, and with 360 test images a difference of 1% between the methods means nothing.
 train() { # METHOD RATES... [flags of the user]
     local method=$1
     shift
