@@ -137,8 +137,8 @@ def epochs_of(root):
     return {str(p.parent.relative_to(root)): len(p.read_text().splitlines()) for p in root.rglob("log.txt")}
 
 
-def wait_for_runs(tree, count, what="started"):
-    while len(list(tree.rglob(what))) < count:
+def wait_for_runs(tree, process, count, what="started"):
+    while len(list(tree.rglob(what))) < count and process.poll() is None:
         time.sleep(0.02)
 
 
@@ -294,7 +294,7 @@ def test_the_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch, visible, gpus)
 def test_runs_take_the_gpus_by_turns_or_share_the_cores(tree, start, visible, jobs):
     (tree / "slow").touch()
     process = start(**SMALL, **({"JOBS": jobs} if jobs else {}), CUDA_VISIBLE_DEVICES=visible)
-    wait_for_runs(tree, jobs or 2)
+    wait_for_runs(tree, process, jobs or 2)
     assert Counter(call.gpu for call in calls(tree)) == Counter(
         ["4", "6", "4"][: jobs or 2] if visible else ["", ""]
     )
@@ -319,13 +319,13 @@ def test_a_signal_asks_each_run_once_and_the_sweep_goes_on_later(tree, start, nu
     (tree / "slow").touch()
     (tree / "deaf").touch()  # the checkpoints take until it is gone
     process = start("--", "--dataroot", "a b", **SMALL, JOBS=2, hup=hup)
-    wait_for_runs(tree, 2)
+    wait_for_runs(tree, process, 2)
     (tree / "late").touch()  # what were started now would end at once
     process.stderr.close()
     if hup == signal.SIG_IGN:
         process.send_signal(signal.SIGHUP)
     kill(process.pid, number)
-    wait_for_runs(tree, 2, "heard")
+    wait_for_runs(tree, process, 2, "heard")
     process.send_signal(signal.SIGHUP)
     (tree / "deaf").unlink()
     out, _ = process.communicate()
@@ -343,7 +343,7 @@ def test_a_second_signal_ends_the_runs_at_once(tree, start):
     (tree / "slow").touch()
     (tree / "deaf").touch()
     process = start(**SMALL, JOBS=2)
-    wait_for_runs(tree, 2)
+    wait_for_runs(tree, process, 2)
     process.terminate()
     assert "waiting for the runs' checkpoints" in process.stderr.readline()
     process.terminate()
