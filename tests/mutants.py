@@ -404,6 +404,13 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("''.join(given)", "''", "sweeps goes_on_later"),
         ("128 + signals[0] if signals else ", "", "sweeps goes_on_later"),
     ],
+    "pyproject.toml": [
+        ('torch>=2.11', 'torch>=2.12', "package metadata"),
+        ('"grassmann_optimizer.__version__"', '"options.VERSION"', "package metadata"),
+        ('py-modules = ["grassmann_optimizer"]', 'py-modules = ["grassmann_optimizer", "main"]', "package module"),
+    ],
+    "MANIFEST.in": [("prune tests", "", "package module")],
+    "tests/conftest.py": [('("pytest", "torch"', '("torch"', "setup one_sentence")],
     "scripts/setup.sh": [
         ("if [ -L .venv ] || ", "if ", "setup left_alone"),
         ("[ -e .venv ] && [ ! -e $mark ]", "false", "setup left_alone"),
