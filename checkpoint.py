@@ -1,24 +1,53 @@
-"""A run's checkpoint: written whole, and read as what it is: a file that anything may have happened to.
+"""A run's checkpoint: all that knows what is in one, how it is written, read, and put back into a run.
 
 It holds tensors and plain Python values only, so that reading one runs no code. What the options decide
 (learning rates, hyperparameters of a group, the schedule) is not taken from it: those are made anew.
 """
 
 import json
-import math
 import os
 import shlex
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from utils import AUTHORS_CHECKPOINT, CHECKPOINT, PREVIOUS, UserError, write_whole
+import distributed
+import utils
+from utils import CHECKPOINT, PREVIOUS, UserError, write_whole
+
+if TYPE_CHECKING:
+    from main import Training
+
+PLAIN = ("epoch", "batch", "train_time", "history", "weights_from")  # stored as they are
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def run_state(t: "Training") -> dict:
+    """What `restore` needs to go on from here. All ranks take part; rank 0 gets it."""
+    if hasattr(t.optimizer, "consolidate_state_dict"):  # --zero
+        t.optimizer.consolidate_state_dict()
+    mine = {"generators": utils.generator_states(t.device), "sums": t.sums.cpu()}
+    first, *others = distributed.all_gather(mine)
+    if distributed.rank() > 0:
+        return {}
+    return {
+        **{name: getattr(t, name).state_dict() for name in ("model", "optimizer", "scaler", "probe")},
+        **{name: getattr(t, name) for name in PLAIN},
+        **first,
+        **({"other_ranks": others} if others else {}),
+        "options": t.options.of_run(),
+        "environment": utils.environment(t.device),
+        "data_sha256": t.data.sha256,
+        "statistics": [list(t.data.mean), list(t.data.std)],
+        "classes": list(t.data.classes),
+    }
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -30,62 +59,52 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_whole(path, lambda file: torch.save(state, file))
 
 
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """The stage's one catch: whatever a checkpoint leads to becomes a sentence, a UserError.
+
+    What is wrong with the machine and not with the file (memory, disk, other processes) is raised as it is,
+    and without a path, of a run that starts anew, everything.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if path is None or distributed.connection_error(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
+        raise UserError(f"{path} is damaged or of another model ({reason}); {way_back(path)}") from error
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read what `save_checkpoint` wrote, tensors on the CPU.
 
-    Of a checkpoint of the authors' script there is only "model", its weights and running averages under the
-    names that they have here, and "authors_epoch", the epochs that they were trained.
-
     Raises:
-        UserError: there is none, it is damaged, or a part of it cannot be right.
+        UserError: there is none, it is damaged, or another program wrote it.
     """
-    if not path.is_file():
-        theirs = path.with_name(AUTHORS_CHECKPOINT)
-        hint = (
-            f"--resume {theirs} to start from its weights" if theirs.is_file() else "--resume a run directory"
-        )
-        raise UserError(f"there is no checkpoint {path}; give {hint} or a checkpoint file")
-    try:
-        check_sums(path)
-        with warnings.catch_warnings(action="ignore"):  # torch tells how it reads what cannot be right here
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError) as error:
-        raise UserError(f"cannot read {path} ({error}); when that is mended, try again") from error
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        raise UserError(
-            f"{path} is not a whole checkpoint ({type(error).__name__}); {way_back(path)}"
-        ) from error
-    if isinstance(state, dict) and {"params", "stats"} <= state.keys():
-        return from_authors(state, path)
-    if not isinstance(state, dict) or not {"model", "optimizer", "options", "epoch"} <= state.keys():
-        raise UserError(
-            f"{path} was not written by main.py; give --resume a run directory or its checkpoint.pt"
-        )
-    for name, is_right in PARTS.items():
-        if name not in state and name not in LATER_PARTS:
-            raise UserError(f"{path} is not a whole checkpoint, it has no {name!r}; {way_back(path)}")
-        if name in state and not holds(is_right, state[name]):
-            raise UserError(f"{path} is a damaged checkpoint, its {name!r} cannot be right; {way_back(path)}")
-    if state["epoch"] != len(state["history"]):
-        raise UserError(f"{path} is a damaged checkpoint, its history has gaps; {way_back(path)}")
-    return state
-
-
-def holds(is_right: Callable[[Any], bool], value: Any) -> bool:
-    """Whether it is right; what cannot even be looked at (a sparse tensor, a number for a list) is not."""
-    try:
-        return is_right(value)
-    except Exception:
-        return False
+    with reading(path):
+        try:
+            check_sums(path)
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # torch tells how it reads what cannot be right here
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error}); try again, or resume from another one") from error
+        if not isinstance(state, dict) or not {"model", "optimizer", "options", "epoch"} <= state.keys():
+            raise ValueError("main.py did not write it")
+        return state
 
 
 def check_sums(path: Path) -> None:
     """Compare the check sums that torch.save writes and torch.load does not read; any exception: damaged."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"PK":  # else older than torch's zip format: the authors'
-            with zipfile.ZipFile(file) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(damaged)
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the check sum of {damaged} is another")
 
 
 def way_back(path: Path) -> str:
@@ -93,198 +112,90 @@ def way_back(path: Path) -> str:
     previous = path.with_name(PREVIOUS)
     if path.name == CHECKPOINT and previous.is_file() and not previous.samefile(path):
         return f"the one before it is there: mv {shlex.quote(str(previous))} {shlex.quote(str(path))}"
-    return "resume from another one"
+    return "resume from another one, or start a new run"
 
 
-# ---------------------------------------------------------------------------------- what can be right in one
+def restore(t: "Training", state: dict) -> None:
+    """Go on where the checkpoint was written.
 
-
-def is_count(value) -> bool:
-    """A whole number, 0 or above."""
-    return type(value) is int and value >= 0
-
-
-def is_amount(value) -> bool:
-    """A finite number, 0 or above."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def are_tensors(value) -> bool:
-    """Finite tensors by name."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.isfinite().all()
-        for name, tensor in value.items()
-    )
-
-
-def is_generators(value) -> bool:
-    """States of torch's generators."""
-    return are_tensors(value) and "cpu" in value and all(t.dtype == torch.uint8 for t in value.values())
-
-
-def is_sums(value) -> bool:
-    """An epoch's sums of loss and wrong answers."""
-    return value.shape == (2,) and value.dtype == torch.float64 and all(map(is_amount, value.tolist()))
-
-
-def is_statistics(value) -> bool:
-    """Of an epoch, as they stand in log.txt."""
-    numbers = ("train_loss", "train_acc", "test_loss", "test_acc", "images_per_sec", "lr")
-    return isinstance(value, dict) and all(is_amount(value.get(name)) for name in numbers)
-
-
-def is_history(value) -> bool:
-    """Statistics of the epochs 1, 2, ..., which log.txt can hold."""
-    if not isinstance(value, list) or not all(map(is_statistics, value)):
-        return False
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return [stats.get("epoch") for stats in value] == list(range(1, len(value) + 1))
-
-
-def is_optimizer(value) -> bool:
-    """The state of each parameter by its number, and groups of such numbers."""
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("state"), dict)
-        and isinstance(value["param_groups"], list)
-        and all(isinstance(group, dict) for group in value["param_groups"])
-        # A second moment may be infinite where nothing is clipped.
-        and all(
-            is_count(number) and not any(tensor.isnan().any() for tensor in (state or {}).values())
-            for number, state in value["state"].items()
-        )
-    )
-
-
-PARTS = {
-    "options": lambda value: isinstance(value, dict),
-    "model": are_tensors,
-    "optimizer": is_optimizer,
-    "scaler": lambda value: isinstance(value, dict) and all(map(is_amount, value.values())),
-    "probe": lambda value: type(value) is dict
-    and is_count(value["steps"])
-    and are_tensors({"sums": value["sums"]}),
-    "epoch": is_count,
-    "batch": is_count,
-    "train_time": is_amount,
-    "history": is_history,
-    "weights_from": lambda value: value is None or isinstance(value, str),
-    "generators": is_generators,
-    "sums": is_sums,
-    "other_ranks": lambda value: (
-        isinstance(value, list)
-        and all(
-            isinstance(rank, dict) and is_generators(rank.get("generators")) and is_sums(rank.get("sums"))
-            for rank in value
-        )
-    ),
-    "environment": lambda value: isinstance(value, dict),
-    "data_sha256": lambda value: isinstance(value, str),
-    "statistics": lambda value: (
-        all(map(is_amount, value[0] + value[1])) and len(value[0]) == len(value[1]) == 3 and min(value[1]) > 0
-    ),
-}
-HYPERPARAMETERS = ("initial_lr", "momentum", "nesterov", "weight_decay")
-HYPERPARAMETERS += ("omega", "grad_clip", "beta2", "epsilon")
-LATER_PARTS = {"weights_from", "other_ranks", "statistics"}  # not in each run, or not in older ones'
-
-
-# ---------------------------------------------------------------------------------------- back into the run
-
-
-@contextmanager
-def reading_checkpoint() -> Iterator[None]:
-    """Turns what a checkpoint of another model leads to into a UserError."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = "".join(str(error).splitlines()[:1]).rstrip(".:")
-        raise UserError(
-            f"the checkpoint is of another model or not whole ({reason}); start a new run"
-        ) from error
-
-
-def load_model(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Put back weights and running averages; RuntimeError or ValueError where they are of another model."""
-    model.load_state_dict(stored)
-    if any(stored[name].dtype != own.dtype for name, own in model.state_dict().items()):
-        raise ValueError("its weights are in another precision")
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict, steps: int) -> None:
-    """Put back the state of each parameter; ValueError where it is not of this optimizer.
-
-    The groups' options stay as they are: the run's options and the schedule say them.
-
-    Args:
-        steps: those that were made for sure.
-    """
-    # The groups with numbers for parameters; for each number the parameter, and whether it has state.
-    groups, places = [], []
-    for group in optimizer.param_groups:
-        numbers = list(range(len(places), len(places) + len(group["params"])))
-        groups.append({**group, "params": numbers})
-        places += [(p, group["momentum"] or group.get("grassmann")) for p in group["params"]]
-    if [group.get("params") for group in stored["param_groups"]] != [group["params"] for group in groups]:
-        raise ValueError("its parameter groups are others")
-    for old, group in zip(stored["param_groups"], groups, strict=True):
-        if any(old.get(name, group.get(name)) != group.get(name) for name in HYPERPARAMETERS):
-            raise ValueError("its optimizer has other hyperparameters than its options")
-    states = stored["state"]
-    if states.keys() - set(range(len(places))):
-        raise ValueError("its optimizer's state is of other parameters")
-    for number, (p, has_state) in enumerate(places):
-        state = states.get(number) or {}  # None: of a ZeroRedundancyOptimizer
-        if has_state and not state and (steps or any(states.values())):
-            raise ValueError("it lacks the optimizer's state of a parameter")
-        shapes = {"momentum_buffer": p.shape, "second_moment": (len(p), 1), "step": ()}
-        for name, value in state.items():
-            if value.shape != shapes.get(name) or value.dtype != torch.float32:
-                raise ValueError("its optimizer's state has other shapes")
-            if name != "momentum_buffer" and not (value >= 0).all():
-                raise ValueError(f"its optimizer's {name} is below 0")
-            if name == "step" and steps and not value == steps:
-                raise ValueError("its optimizer has made another number of steps")
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def from_authors(state: dict, path: Path) -> dict:
-    """What `load_checkpoint` gives for a checkpoint of the authors' script; UserError if it is broken."""
-    try:
-        new_name = {
-            name: name if name.endswith((".weight", ".bias")) else f"{name}.weight"
-            for name in state["params"]
-        }
-        params = {new_name[name]: value for name, value in state["params"].items()}
-        weights = {**params, **state["stats"]}
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{path} is a broken checkpoint of the authors' script ({error})") from error
-    return {"model": weights, "authors_epoch": state.get("epoch", "an unknown number of")}
-
-
-def load_weights(model: nn.Module, checkpoint: dict) -> str | None:
-    """The weights and running averages of a checkpoint, alone.
-
-    Of an authors' one it prints what is left out, and returns where the weights come from.
+    With --eval only the weights, running averages and position are taken, and the images may be others.
 
     Raises:
-        UserError: they are of another model.
+        UserError: it is of other images. Anything else (see `reading`): it is not whole, or of another model.
     """
-    own = model.state_dict()
-    # The authors' checkpoints do not count the batches, which nothing here reads.
-    counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**counts, **checkpoint["model"]})
-    except (AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        advice = "check --model, --depth and --width"
-        raise UserError(f"the checkpoint's weights do not fit ({reason}); {advice}") from error
-    if "authors_epoch" not in checkpoint:
-        return None
-    origin = f"the authors' script after {checkpoint['authors_epoch']} epochs"
-    left_out = "the epoch and the optimizer's state are not taken over, and it has no options"
-    print(f"note: weights of {origin}; {left_out}", flush=True)
-    return origin
+    if state["data_sha256"] != t.data.sha256:
+        take_other_images(t, state)
+    t.model.load_state_dict(state["model"])
+    for name in PLAIN:
+        setattr(t, name, json.loads(json.dumps(state.get(name))))  # plain values, as log.txt will hold them
+    if t.options.eval:
+        return
+    load_optimizer(t.optimizer, state["optimizer"])
+    for _ in range(t.epoch):
+        t.schedule.step()
+    t.scaler.load_state_dict(state["scaler"])
+    t.probe.load_state_dict(state["probe"])
+    restore_rank(t, [state, *state.get("other_ranks", [])])
+    utils.note_environment(state["environment"], t.device)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict) -> None:
+    """Put back the state of each parameter; the groups' options stay as the run's options say them.
+
+    Raises:
+        ValueError: it is of other parameters. (torch's SGD does not look.)
+    """
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        numbers = list(range(count, count + len(group["params"])))
+        groups.append({**group, "params": numbers})
+        count += len(numbers)
+    if [group["params"] for group in stored["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("its parameter groups are others")
+    optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})
+    for p, of_parameter in optimizer.state.items():
+        buffer = of_parameter.get("momentum_buffer")
+        if buffer is not None and buffer.shape != p.shape:
+            raise ValueError("its momentum is of other parameters")
+
+
+def take_other_images(t: "Training", state: dict) -> None:
+    """Evaluate on them, normalized as the run's, classes matched by name; UserError where it cannot be."""
+    if not t.options.eval:
+        raise UserError("the checkpoint is of other images than --dataset and --dataroot name")
+    if "statistics" not in state:
+        raise UserError(
+            "the checkpoint is of an older main.py and does not hold the mean of its images: "
+            "it can only be evaluated on these"
+        )
+    ours, theirs = list(t.data.classes), state.get("classes")
+    if theirs is None:
+        number = len(state["model"]["fc.bias"])
+        if len(ours) != number:
+            raise UserError(f"{t.data.name} has {len(ours)} classes, the checkpoint's network {number}")
+        print(
+            "note: the checkpoint is of an older main.py, so classes are matched by their order", flush=True
+        )
+    elif odd := sorted(set(ours) ^ set(theirs)):
+        raise UserError(
+            f"the classes of {t.data.name} are not the checkpoint's; they differ in {', '.join(odd)}"
+        )
+    else:
+        t.data = t.data.with_classes(theirs)
+    t.mean, t.std = torch.tensor(state["statistics"], device=t.device).view(2, 1, 3, 1, 1)
+    print("note: other images than the run's, normalized as the run's", flush=True)
+
+
+def restore_rank(t: "Training", ranks: list[dict]) -> None:
+    """This rank's sums and generators; of another number of ranks, only rank 0's go on."""
+    rank, size = distributed.rank(), distributed.world_size()
+    if len(ranks) == size:
+        t.sums.copy_(ranks[rank]["sums"])
+        utils.set_generator_states(ranks[rank]["generators"], t.device)
+        return
+    effects = "batch normalization and dropout see other slices from here on"
+    print(f"note: {len(ranks)} processes then, {size} now: {effects}", flush=True)
+    utils.seed_rank(t.options.seed, t.epoch, t.batch)
+    if rank == 0:
+        t.sums.copy_(sum(other["sums"] for other in ranks))
+        utils.set_generator_states(ranks[0]["generators"], t.device)

@@ -1,7 +1,7 @@
 """Data sets as uint8 arrays, the plan of an epoch, and batches.
 
-A picture is (32, 32, 3) uint8 RGB from the file to the device: OpenCV pads, crops and flips uint8, and
-normalizing with `mean` and `std` is the device's work. What an epoch does with the pictures is drawn at once
+A image is (32, 32, 3) uint8 RGB from the file to the device: OpenCV pads, crops and flips uint8, and
+normalizing with `mean` and `std` is the device's work. What an epoch does with the images is drawn at once
 by `EpochPlan`, so a batch depends on neither the number of threads nor what ran before it.
 """
 
@@ -11,16 +11,12 @@ import hashlib
 import http.client
 import os
 import pickle
-import re
 import socket
-import stat
 import tarfile
-import tempfile
-import textwrap
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,26 +25,10 @@ import cv2
 import numpy as np
 import torch
 
-from utils import UserError, printable
+from folder import SIZE, read_folder
+from utils import UserError
 
-SIZE = 32  # pixels: height and width of every picture
 DATASETS = ("CIFAR10", "CIFAR100", "SVHN", "digits", "folder")
-EXTENSIONS = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-# What is said of a picture that is damaged, by the libraries that decode it all the same.
-DAMAGE = re.compile(r".*(\[ERROR:|Corrupt JPEG|Premature|CRC error|checksum mismatch|Fax\dDecode).*")
 # Per channel (R, G, B) on 0..255: mean, std. The constants of the authors' PyTorch script.
 CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -58,16 +38,9 @@ Part = tuple[int, int]  # rank and number of processes
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
 
 # What torchvision meets: no network, no permission, a bad checksum (RuntimeError), a broken archive.
-DOWNLOAD_ERRORS = (
-    OSError,
-    http.client.HTTPException,
-    RuntimeError,
-    EOFError,
-    tarfile.TarError,
-    pickle.PickleError,
-)
-
-# One picture is too small to share among threads; this module's threads work on different pictures instead.
+DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError)
+DOWNLOAD_ERRORS += (http.client.HTTPException, tarfile.TarError, pickle.PickleError)
+# One image is too small to share among threads; threads work on different images instead.
 cv2.setNumThreads(0)
 
 
@@ -76,7 +49,7 @@ class DataSet:
     """A data set in memory.
 
     Images are (N, 32, 32, 3) uint8 RGB, C-contiguous; labels are (N,) int64, indices into `classes`. `mean`
-    and `std` are per channel on 0..255. `flip` says whether a mirrored picture still shows its class (a
+    and `std` are per channel on 0..255. `flip` says whether a mirrored image still shows its class (a
     digit's does not).
     """
 
@@ -99,6 +72,12 @@ class DataSet:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
+    def with_classes(self, classes: list[str]) -> "DataSet":
+        """The same with its classes in another order, and labels that follow it."""
+        new = np.array([classes.index(name) for name in self.classes])
+        labels = {"train_labels": new[self.train_labels], "test_labels": new[self.test_labels]}
+        return replace(self, classes=tuple(classes), **labels)
+
     def description(self) -> dict:
         """For config.json: sizes, statistics and hash."""
         return {
@@ -118,19 +97,23 @@ def load_data(dataset: str, dataroot, dataset_name: str | None = None, evaluatio
     `dataroot` is where CIFAR or SVHN is or will be downloaded to, or the root of a `folder` (unused for
     digits). `dataset_name` is what a folder is called in logs (default "folder"; the others have a name).
     For `evaluation` a folder needs no `train`: its training part is then empty, and `mean` and `std` are the
-    test part's, which a network that was trained on other pictures was not trained with.
-    Raises UserError for data that are missing, broken or cannot be downloaded.
+    test part's, which a network that was trained on other images was not trained with.
+    Raises UserError for data that are missing, broken, of a single class or cannot be downloaded.
     """
-    root = Path(dataroot).expanduser()
+    root = Path(os.path.expanduser(dataroot))
     if dataset in CIFAR_STATISTICS:
-        return _load_cifar(dataset, root)
-    if dataset == "SVHN":
-        return _load_svhn(root)
-    if dataset == "digits":
-        return _load_digits()
-    if dataset == "folder":
-        return _load_folder(root, printable(dataset_name or "folder"), evaluation)
-    raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+        data = _load_cifar(dataset, root)
+    elif dataset == "SVHN":
+        data = _load_svhn(root)
+    elif dataset == "digits":
+        data = _load_digits()
+    elif dataset == "folder":
+        data = _load_folder(root, dataset_name or "folder", evaluation)
+    else:
+        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if len(data.classes) < 2:
+        raise UserError(f"{data.name} has a single class, {data.classes[0]}: there is nothing to tell apart")
+    return data
 
 
 def _load_cifar(dataset: str, root: Path) -> DataSet:
@@ -155,9 +138,9 @@ def _load_cifar(dataset: str, root: Path) -> DataSet:
 
 
 def _load_svhn(root: Path) -> DataSet:
-    """SVHN through torchvision: 604,388 pictures (train and extra, 1.86 GB) to train; the paper's x / 255.
+    """SVHN through torchvision: 604,388 images (train and extra, 1.86 GB) to train; the paper's x / 255.
 
-    While torchvision's arrays are put together, the pictures are in memory twice (3.7 GB).
+    While torchvision's arrays are put together, the images are in memory twice (3.7 GB).
     """
     from torchvision.datasets import SVHN
 
@@ -189,12 +172,11 @@ def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
 def _alone_in(root: Path) -> Iterator[None]:
     """Waits until no other run reads or downloads here: two downloads at once would spoil a file."""
     with ExitStack() as stack:
-        try:
+        with suppress(OSError):  # not writable, so nothing can be downloaded either; or it knows no locks
             root.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(root / ".lock", "w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # not writable, so nothing can be downloaded either, or a file system without locks
+            folder = os.open(root, os.O_RDONLY)  # the folder itself: no file of anybody's is touched
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
 
 
@@ -246,196 +228,20 @@ def _load_digits() -> DataSet:
 
 
 def _load_folder(root: Path, name: str, evaluation: bool) -> DataSet:
-    """`root`/{train,test}/<class>/ with pictures at any depth; hidden files and folders are left out."""
+    """Class folders (`folder.read_folder`), normalized by the statistics of their first part."""
     parts = ("test",) if evaluation and not (root / "train").exists() else ("train", "test")
-    classes = _class_names(root / parts[0])
-    if (others := _class_names(root / "test")) != classes:
-        odd = ", ".join(sorted(set(classes) ^ set(others)))
-        raise UserError(
-            f"{root / 'train'} and {root / 'test'} need the same class folders, but differ in: {odd}"
-        )
-    shown = tuple(map(printable, classes))
-    passed_over = [path for path in _visible(root) if not path.is_dir()]
-    found = {part: _find_pictures(root / part, classes, passed_over) for part in parts}
-    counts = {part: list(map(len, groups)) for part, groups in found.items()}
-    _print_found(counts, shown, passed_over)
-    images = {"train": np.empty((0, SIZE, SIZE, 3), np.uint8)}
-    labels = {"train": np.empty(0, np.int64)}
-    for part, groups in found.items():
-        images[part] = _decode_all([path for group in groups for path in group])
-        labels[part] = np.repeat(np.arange(len(classes), dtype=np.int64), counts[part])
+    images, labels, classes = read_folder(root, parts)
     mean, std = channel_statistics(images[parts[0]])
-    return DataSet(
-        name=name,
-        train_images=images["train"],
-        train_labels=labels["train"],
-        test_images=images["test"],
-        test_labels=labels["test"],
-        classes=shown,
-        mean=mean,
-        std=std,
-        flip=True,
-    )
-
-
-def _visible(directory: Path) -> list[Path]:
-    """The entries of a directory that are not hidden, sorted by name."""
-    try:
-        return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the directory {directory} ({error.strerror}): "
-            "--dataset folder needs <dataroot>/train/<class>/ and <dataroot>/test/<class>/ with pictures"
-        ) from error
-
-
-def _class_names(directory: Path) -> tuple[str, ...]:
-    names = tuple(path.name for path in _visible(directory) if path.is_dir())
-    if not names:
-        raise UserError(
-            f"{directory} has no class folder: put each class's pictures into a sub-folder of its own"
-        )
-    return names
-
-
-def _files(directory: Path) -> list[Path]:
-    """All visible files at any depth, in the order of torchvision's ImageFolder."""
-    found = []
-    pending = [(directory, frozenset())]  # with the folders above
-    while pending:
-        here, above = pending.pop()
-        above |= {os.path.realpath(here)}
-        for path in _visible(here):
-            if not path.is_dir():
-                found.append(path)
-            elif os.path.realpath(path) not in above:  # a link there would lead round and round
-                pending.append((path, above))
-    return sorted(found, key=lambda path: (str(path.parent), path.name))
-
-
-def _find_pictures(directory: Path, classes: tuple[str, ...], passed_over: list[Path]) -> list[list[Path]]:
-    """The pictures of each class, at any depth; adds files that are none by their name to `passed_over`."""
-    passed_over += [path for path in _visible(directory) if not path.is_dir()]
-    groups = []
-    for name in classes:
-        groups.append([])
-        for path in _files(directory / name):
-            (groups[-1] if path.suffix.lower() in EXTENSIONS else passed_over).append(path)
-        if not groups[-1]:
-            raise UserError(
-                f"{directory / name} has no picture: it needs at least one of {', '.join(EXTENSIONS)}"
-            )
-    return groups
-
-
-def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_over: list[Path]) -> None:
-    """How many pictures of which classes there are, and whether there are other files."""
-    totals = " and ".join(f"{sum(numbers)} to {part}" for part, numbers in counts.items())
-    of_class = zip(classes, *counts.values(), strict=True)
-    words = ", ".join(f"{name} {'+'.join(map(str, numbers))}" for name, *numbers in of_class)
-    text = f"pictures: {totals}, in {len(classes)} classes: {words}"
-    print(textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False), flush=True)
-    if passed_over:
-        example, names = printable(str(passed_over[0])), ", ".join(EXTENSIONS)
-        print(f"note: files passed over: {len(passed_over)}, such as {example}; read are {names}", flush=True)
-
-
-def _said(work: Callable[[], None]) -> str:
-    """Does the work, and returns what the C libraries below OpenCV wrote to standard error meanwhile.
-
-    They report to nobody else that a picture is damaged. Other threads' lines are taken away, too.
-    """
-    with tempfile.TemporaryFile() as file:
-        try:
-            saved = os.dup(2)
-        except OSError:  # closed: what is written there is lost anyhow
-            saved = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(file.fileno(), 2)
-        try:
-            work()
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-        file.seek(0)
-        return file.read().decode(errors="replace")
-
-
-def _decode_all(paths: list[Path]) -> np.ndarray:
-    """All pictures as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
-    images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-    chunk = 128  # pictures per task, so that handing out tasks costs nothing
-
-    def fill(start: int) -> None:
-        for index in range(start, min(start + chunk, len(paths))):
-            images[index] = _read_picture(paths[index])
-
-    def fill_all() -> None:
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, range(0, len(paths), chunk)):
-                pass  # in order, so the first broken picture is the one that is reported
-
-    if DAMAGE.search(_said(fill_all)):
-        for path in paths:  # which one is it?
-            if damage := DAMAGE.search(_said(lambda path=path: _read_picture(path))):
-                what = damage[0].rpartition("] global ")[2].strip()  # without level and time
-                raise UserError(f"{path} is damaged ({what}): mend or remove it")
-    return images
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """One picture as (32, 32, 3) uint8 RGB; another size is resized (its aspect ratio is not kept)."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO is to wait for its writer
-            raise OSError("not a regular file")
-        encoded = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path} ({_reason(error)}): mend or remove it") from error
-    image = _decode(path, encoded, cv2.IMREAD_COLOR)
-    height, width = image.shape[:2]
-    if (height, width) != (SIZE, SIZE):
-        shrinking = height >= SIZE and width >= SIZE
-        interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-        image = cv2.resize(image, (SIZE, SIZE), interpolation=interpolation)
-    if image.max() <= 16:  # perhaps 12 bits in 16, of which the upper 8 are kept
-        values = _decode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-        if values.dtype != np.uint8 and 0 < values.max() < 4096:
-            raise UserError(
-                f"{path} would be black: its 16-bit values end at {values.max()}, as a 12-bit camera's do; "
-                "scale them to the whole range, or store it with 8 bits"
-            )
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _decode(path: Path, encoded: np.ndarray, flags: int) -> np.ndarray:
-    """OpenCV's picture (H, W, 3) BGR; UserError where it gives none."""
-    content, problem = encoded.data, ""
-    hopeless = not content or (content[1:4] == b"PNG" and _lacks_bytes(content))
-    try:
-        image = None if hopeless else cv2.imdecode(encoded, flags)
-    except cv2.error as error:  # where other broken pictures give None
-        image, problem = None, f" ({' '.join(error.err.split())})"
-    if image is None:
-        kind = path.suffix.lower()
-        if not cv2.haveImageWriter(kind):  # OpenCV can be asked only that, but has both or none
-            raise UserError(f"cannot read {path}: OpenCV {cv2.__version__} was built without {kind}")
-        raise UserError(f"cannot decode {path} as a picture{problem}: mend or remove it")
-    return image
-
-
-def _lacks_bytes(png: memoryview) -> bool:
-    """Whether a chunk is longer than the file: OpenCV would fill memory by its length, up to 4 GB."""
-    place, kind = 8, b""
-    while kind != b"IEND" and place < len(png):
-        kind = png[place + 4 : place + 8]
-        place += 12 + int.from_bytes(png[place : place + 4], "big")
-    return place > len(png)
+    nothing = np.empty((0, SIZE, SIZE, 3), np.uint8), np.empty(0, np.int64)
+    train = (images["train"], labels["train"]) if "train" in parts else nothing
+    return DataSet(name, *train, images["test"], labels["test"], classes, mean, std, flip=True)
 
 
 def hold_out(data: DataSet, count: int) -> DataSet:
-    """The same data with `count` training pictures as the test part, to choose hyperparameters on.
+    """The same data with `count` training images as the test part, to choose hyperparameters on.
 
     They leave the training part; the real test part is not in the result. Each class gives its share, rounded
-    up or down; which pictures depends on nothing but the training labels and `count`. The mean and std stay
+    up or down; which images depends on nothing but the training labels and `count`. The mean and std stay
     those of the whole training part.
 
     Raises UserError where `count` is not in 1..N-1, or where one of the parts would lack a class.
@@ -443,7 +249,7 @@ def hold_out(data: DataSet, count: int) -> DataSet:
     labels, total = data.train_labels, len(data.train_labels)
     if not 1 <= count < total:
         raise UserError(
-            f"--holdout {count} does not fit a training set of {total} pictures: choose 1 to {total - 1}"
+            f"--holdout {count} does not fit a training set of {total} images: choose 1 to {total - 1}"
         )
     shuffled = np.random.default_rng(0).permutation(total)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -452,7 +258,7 @@ def hold_out(data: DataSet, count: int) -> DataSet:
     for part, use in ((held, "choose on"), (~held, "train on")):
         if missing := set(labels.tolist()) - set(labels[part].tolist()):
             names = ", ".join(data.classes[label] for label in sorted(missing))
-            raise UserError(f"--holdout {count} leaves no picture to {use} of the classes: {names}")
+            raise UserError(f"--holdout {count} leaves no image to {use} of the classes: {names}")
     return replace(
         data,
         train_images=data.train_images[~held],
@@ -465,7 +271,7 @@ def hold_out(data: DataSet, count: int) -> DataSet:
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and (population) standard deviation per channel of (N, 32, 32, 3) uint8, on 0..255.
 
-    Sums are float64, without a float copy of the pictures. A constant channel gets the standard deviation 1,
+    Sums are float64, without a float copy of the images. A constant channel gets the standard deviation 1,
     so that one can divide by it.
     """
     mean, std = cv2.meanStdDev(images.reshape(-1, SIZE, 3))
@@ -475,8 +281,8 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 class EpochPlan:
     """All that is random about an epoch, as a pure function of the arguments.
 
-    order: (steps, batch) int64, indices of pictures, none twice; a last batch that is not full is dropped.
-    offsets: (steps, batch, 2) int64 in 0..2*pad, the crop's top and left in the padded picture.
+    order: (steps, batch) int64, indices of images, none twice; a last batch that is not full is dropped.
+    offsets: (steps, batch, 2) int64 in 0..2*pad, the crop's top and left in the padded image.
     flips: (steps, batch) bool, all False without `flip`.
     The epoch counts from 0. Raises UserError where no full batch exists or `pad` is not in 0..31.
     """
@@ -490,7 +296,7 @@ class EpochPlan:
             )
         if not 1 <= batch_size <= n_images:
             raise UserError(
-                f"--batchSize {batch_size} does not fit a training set of {n_images} pictures: "
+                f"--batchSize {batch_size} does not fit a training set of {n_images} images: "
                 f"choose 1 to {n_images}, since a partial batch is dropped"
             )
         steps = n_images // batch_size
@@ -518,7 +324,7 @@ class EpochPlan:
 class TrainBatches:
     """Augmented training batches: reflect-pad (edge not repeated), crop, flip, on uint8.
 
-    The pictures are padded once, at the start: (N, 32 + 2 pad, 32 + 2 pad, 3) bytes, 240 MB for CIFAR with
+    The images are padded once, at the start: (N, 32 + 2 pad, 32 + 2 pad, 3) bytes, 240 MB for CIFAR with
     pad 4.
     """
 
@@ -530,7 +336,7 @@ class TrainBatches:
             padded = np.empty((len(images), SIZE + 2 * pad, SIZE + 2 * pad, 3), np.uint8)
             for image, dst in zip(images, padded, strict=True):
                 cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101, dst=dst)
-        # A view, [picture, top, left] -> the crop (32, 32, 3): one index expression cuts out a whole batch.
+        # A view, [image, top, left] -> the crop (32, 32, 3): one index expression cuts out a whole batch.
         views = np.lib.stride_tricks.sliding_window_view(padded, (SIZE, SIZE, 3), axis=(1, 2, 3))
         self.crops = views[:, :, :, 0]
 
@@ -576,7 +382,7 @@ class TrainBatches:
 def eval_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False, part: Part = (0, 1)
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All pictures in order and unchanged, the last batch perhaps smaller: (B, 32, 32, 3) uint8, (B,) int64.
+    """All images in order and unchanged, the last batch perhaps smaller: (B, 32, 32, 3) uint8, (B,) int64.
 
     With `part` (rank, size) the slice of each batch that one of `size` processes takes; so all have as many
     batches, and one of the last may be empty. Without `pin_memory` the tensors are views of the arrays.

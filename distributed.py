@@ -1,167 +1,165 @@
 """The processes of one run, as torchrun starts them; a run of one process is the case without any of it.
 
-Every process (rank) holds all weights and pictures. They differ in their slices of each batch, in dropout
-and in the statistics that batch normalization takes of a slice. Rank 0 alone reads and writes a run's
-directory.
+Every process (rank) holds all weights and images. They differ in their slices of each batch, in dropout and
+in the statistics that batch normalization takes of a slice. Rank 0 alone reads and writes a run's directory,
+and it alone prints.
 """
 
 import logging
 import os
 import pickle
-import signal
 import sys
-import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 T = TypeVar("T")
-_store: dist.Store | None = None  # the processes' notes to each other
 _launcher = 0  # the process that started this one
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether a launcher such as torchrun has started this process as one of several."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number, from 0. Before the processes have joined it is what the launcher said."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    said = os.environ["RANK"] if launched() else "0"
+    return int(said) if said.isdigit() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes the run has."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_this_machine() -> tuple[int, int]:
-    """This process's number among those of the run on its machine, and how many they are."""
-    if size() == 1:
-        return 0, 1
-    return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+def local_rank() -> int:
+    """This process's number among those on its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank() % max(1, torch.cuda.device_count())))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine; a launcher that does not say it gave each a GPU."""
+    if world_size() == 1:
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size(), torch.cuda.device_count() or 1)))
 
 
 def orphaned() -> bool:
     """Whether the launcher has gone since this process joined the others."""
-    return size() > 1 and os.getppid() != _launcher
+    return world_size() > 1 and os.getppid() != _launcher
+
+
+def launch(count: int, program: list[str]) -> NoReturn:
+    """Replace this process by torchrun, which runs `python *program` in `count` processes on this machine."""
+    if not torch.cuda.is_available():  # each process its share of the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    # The address by number: not every machine can resolve its own name.
+    here = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(count)]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *here, *program])
+
+
+@contextmanager
+def silent_above_rank_0() -> Iterator[None]:
+    """Ranks above 0 print nothing to standard output."""
+    if rank() == 0:
+        yield
+        return
+    logging.disable(logging.WARNING)  # torch's, when it compiles: rank 0 has the same
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+    logging.disable(logging.NOTSET)
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes, if torchrun has started any; only rank 0 goes on to print.
+    """Join the other processes, if a launcher has started any.
 
     CPU tensors travel by gloo, a GPU's by NCCL. A process that fails leaves at once; the others then find the
-    connection lost (`trouble`).
+    connection lost (`connection_error`).
+
+    Raises:
+        ConnectionError: the processes did not find each other.
     """
-    global _store, _launcher
+    global _launcher
     if not launched():
         yield
         return
     _launcher = os.getppid()
-    store, number, count = next(dist.rendezvous("env://"))
-    _store = dist.PrefixStore(common_name(store, number, count), store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count)
-    if (local := on_this_machine()[0]) < torch.cuda.device_count():
-        torch.cuda.set_device(local)
-    if number == 0:
-        yield
-    else:
-        logging.disable(logging.WARNING)  # torch's, when it compiles: rank 0 has the same
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            yield
-        logging.disable(logging.NOTSET)
-    largest([0])  # torchrun takes one that leaves early, with an exit code, for a failure
+    said = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    words = ", ".join(f"{name}={value!r}" for name, value in said.items())
+    print(f"processes: waiting for each other, with {words}", flush=True)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        all_max([0])  # connects
+    except (RuntimeError, ValueError, OSError) as error:  # torch's for the environment, the store, gloo, NCCL
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        way = "start by torchrun or --ngpu, or unset RANK and WORLD_SIZE"
+        raise ConnectionError(
+            f"the processes of the run did not meet ({reason}); the environment says {words}; {way}"
+        ) from error
+    yield
+    all_max([0])  # torchrun takes one that leaves early, with an exit code, for a failure
     dist.destroy_process_group()
-    _store = None
-
-
-def common_name(store: dist.Store, number: int, count: int) -> str:
-    """A name that rank 0 gives to this start of the processes.
-
-    When torchrun starts them again after a death, the store still holds what the dead have written, and
-    torchrun's own count of the starts may differ between machines. So each asks by a word of its own.
-    """
-    own = uuid.uuid4().hex
-    if number > 0:
-        store.set(f"{number} asks", own)
-        while True:
-            name, asked = store.get(f"{number} is told").decode().split()
-            if asked == own:
-                store.set(f"{number} knows", name)
-                return name
-            time.sleep(0.01)
-    others = list(range(1, count))
-    while others:
-        for other in others:
-            store.set(f"{other} is told", f"{own} {store.get(f'{other} asks').decode()}")
-        time.sleep(0.01)
-        known = [other for other in others if store.check([f"{other} knows"])]
-        others = [
-            other for other in others if other not in known or store.get(f"{other} knows").decode() != own
-        ]
-    return own
 
 
 # -------------------------------------------------------------------------------------------------- agreement
 
 
-def largest(numbers: list[int]) -> list[int]:
+def all_max(numbers: list[int]) -> list[int]:
     """The largest of all processes' numbers, place by place."""
-    if size() > 1:
+    if world_size() > 1:
         tensor = torch.tensor(numbers)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
     return numbers
 
 
-def values(mine: T) -> list[T]:
+def all_gather(mine: T) -> list[T]:
     """Every process's value, by rank."""
-    if size() == 1:
+    if world_size() == 1:
         return [mine]
-    gathered: list[Any] = [None] * size()
+    gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
 
 
-def first(make: Callable[[], T]) -> T:
+def on_rank0(make: Callable[[], T]) -> T:
     """Rank 0's `make()`, on every rank; what it raises is raised on all."""
-    value, error = attempt(make if rank() == 0 else lambda: None)
-    if size() > 1:
-        outcome = [(value, portable(error))]
-        dist.broadcast_object_list(outcome)
-        value, error = (value, error) if rank() == 0 else outcome[0]
-    if error:
-        raise error
+    value = raise_on_all(make if rank() == 0 else lambda: None)
+    if world_size() > 1:
+        values = [value]
+        dist.broadcast_object_list(values)
+        value = value if rank() == 0 else values[0]
     return value
 
 
-def together(make: Callable[[], T]) -> T:
+def raise_on_all(make: Callable[[], T]) -> T:
     """This process's `make()`; what one raises is raised on all: its own, or the first rank's."""
-    value, error = attempt(make)
+    value, own = None, None
+    try:
+        value = make()
+    except (Exception, SystemExit) as error:
+        own = error
     # Gathered before it is raised: a process that left at once would cut the others off.
-    errors = [error, *values(portable(error))]
+    errors = [own, *all_gather(_portable(own))]
     if error := next(filter(None, errors), None):
         raise error
     return value
 
 
-def attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """`make()`, or what it raises."""
-    try:
-        return make(), None
-    except (Exception, SystemExit) as error:  # --help ends by SystemExit
-        return None, error
-
-
-def portable(error: BaseException | None) -> BaseException | None:
+def _portable(error: BaseException | None) -> BaseException | None:
     """It as other processes can take it: in words where pickle cannot carry it."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -170,18 +168,23 @@ def portable(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def one_before_others(make: Callable[[], T]) -> T:
-    """This process's `make()`; the first process of each machine makes it before the others do."""
-    leads = on_this_machine()[0] == 0
-    value = together(lambda: make() if leads else None)
-    return together(lambda: value if leads else make())
-
-
-def take_first(tensors: Iterable[Tensor]) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Put rank 0's values into all ranks' tensors."""
-    if size() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def parallel(model: nn.Module, sync_bn: bool) -> nn.Module:
+    """What a step calls: the model; of several processes, with gradients that are averaged over them."""
+    if world_size() == 1:
+        return model
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # With find_unused_parameters the buckets are not arranged anew after the first step: a resumed run
+    # sums in the same order as one that went on.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name is too new
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def zero_redundancy(kind: type[Optimizer], groups: list[dict]) -> Optimizer:
@@ -199,67 +202,14 @@ def zero_redundancy(kind: type[Optimizer], groups: list[dict]) -> Optimizer:
     return Sharded(groups, optimizer_class=kind)
 
 
-def first_to_say(sentence: str) -> bool:
-    """Whether no other process of the run has said it yet, so that each message stands once."""
-    try:
-        return _store is None or _store.add(f"said: {sentence}", 1) == 1
-    except RuntimeError:  # the store's host is gone
-        return True
-
-
-def trouble(error: Exception) -> str | None:
+def connection_error(error: Exception) -> str | None:
     """What to say of an error in what the processes of the run send each other; None for any other."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
     signs += ("remote process exited", "Timed out waiting")  # NCCL's, and gloo's of one that answers no more
     text = " ".join(str(error).split())
-    if not launched():
+    if world_size() == 1:
         return None
     if isinstance(error, dist.DistNetworkError) or any(sign in text for sign in signs):
         lost = "another process of the run has gone; the last checkpoint, if any, is kept"
         return f"{lost}: continue with --resume"
     return f"the processes cannot work together: {text[:400]}" if isinstance(error, dist.DistError) else None
-
-
-# ----------------------------------------------------------------------------------------------------- launch
-
-
-def launch(count: int, program: list[str]) -> int:
-    """Run `python *program` in so many processes on this machine by torchrun; returns the exit code."""
-    from torch.distributed import run  # torchrun; slow to import
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    if not torch.cuda.is_available():  # each process its share of the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    passed_on = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else started by nohup: ignored by all of them
-        passed_on.append("SIGHUP")
-    level, caught = (
-        logging.root.manager.disable,
-        (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1),
-    )
-    handlers = {number: signal.getsignal(number) for number in caught}  # which torchrun sets and leaves
-    logging.disable()  # of torchrun's: the processes say it better
-    try:
-        signals = f"--signals-to-handle={','.join(passed_on)}"
-        run.main(["--standalone", f"--nproc_per_node={count}", signals, *program])
-    except SignalException as stop:
-        return 128 + stop.sigval
-    except ChildFailedError as error:
-        # A signal's, if any: the others end because of it. (torch would take the first by whole seconds.)
-        codes = [failure.exitcode for failure in error.failures.values()]
-        if asked := [code for code in codes if code > 128]:
-            return asked[0]  # a stop, after which the launcher may have ended one that was just leaving
-        by_signal = [number for number, failure in error.failures.items() if failure.exitcode < 0]
-        number = by_signal[0] if by_signal else error.get_first_failure()[0]
-        code = error.failures[number].exitcode
-        if code > 0:
-            return code
-        # How to go on, the others have said.
-        print(f"main.py: error: rank {number} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-        return 128 - code
-    finally:
-        logging.disable(level)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0

@@ -4,13 +4,16 @@ G(1,n).
 Also the evaluation's table and --summary. Tables and the lines of a run fit 80 columns.
 """
 
+import json
+import os
+import shlex
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +23,11 @@ from tqdm import tqdm
 
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
-from options import Options
-from utils import CONFIG, RunLog, environment, printable
+from options import Options, model_name
+from utils import CONFIG, LOG, environment, printable, write_whole
+
+if TYPE_CHECKING:
+    from main import Training
 
 # ------------------------------------------------------------------------------------------------ the console
 
@@ -34,7 +40,7 @@ def print_start(
     print(textwrap.fill(printable(f"options: {words}"), 80, subsequent_indent="  "))
     where = environment(device)
     print(f"device: {where['device']}, {where['threads']} threads, torch {where['torch']}")
-    if (size := distributed.size()) > 1:
+    if (size := distributed.world_size()) > 1:
         print(f"processes: {size}, {options.batch_size // size} images of each batch to each")
     group_of = group_names(optimizer)
     totals: dict[str, list[int]] = {}
@@ -59,15 +65,15 @@ def shape_text(p: Tensor) -> str:
 
 
 def print_multiply_adds(model: nn.Module, images: Tensor) -> None:
-    """Of one picture, (1, 3, 32, 32)."""
+    """Print the multiply-adds of one image, (1, 3, 32, 32)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(images)
-    print(f"multiply-adds of one picture: {counter.get_total_flops() // 2:,}")
+    print(f"multiply-adds of one image: {counter.get_total_flops() // 2:,}")
 
 
 @torch.no_grad()
 def print_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Of each parameter its mean, deviation and group; of matrices the rows' norms and largest |cos|."""
+    """Print each parameter's mean, deviation and group, and of matrices the rows' norms and largest |cos|."""
     group_of = group_names(optimizer)
     columns = f"{'mean':>8} {'std':>8} {'norms of rows':>15} |cos|"
     print(f"{'weights of the checkpoint':29} {columns} group")
@@ -90,14 +96,32 @@ def print_epoch(options: Options, stats: dict) -> None:
     print(f"epoch {stats['epoch']:3d}/{options.epochs}  {train}  {test}  {speed}", flush=True)
 
 
-def print_evaluation(logits: Tensor, labels: Tensor, classes: tuple[str, ...], heading: str) -> None:
+def print_stopped(t: "Training", reason: str, steps: int) -> None:
+    """Why, where, and how to go on; steps: of an epoch."""
+    size = distributed.world_size()
+    way = f"{shlex.quote(sys.executable)} main.py --resume {shlex.quote(str(t.options.save))}"
+    way += f", with {size} processes" if size > 1 else ""
+    where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
+    print(printable(f"stopped by {reason} {where}; to continue: {way}"))
+
+
+def print_finished(t: "Training") -> None:
+    """The last test error, and where the logs are."""
+    print(f"finished {t.epoch} epochs: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" ")
+    print(f"logs are in {printable(str(t.options.save))}")
+
+
+def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
     """Test loss, top-1 and (of more than five classes) top-5 error, and each class's error.
 
     Args:
-        logits: (N, classes) float on the CPU. labels: (N,). heading: what was evaluated on what.
+        logits: (N, classes) float on the CPU. labels: (N,).
     """
-    wrong = logits.argmax(1) != labels
-    print(f"{heading}:")
+    wrong, classes = logits.argmax(1) != labels, t.data.classes
+    kind = "held-out training" if t.options.holdout else "test"
+    steps = f" and {t.batch} steps" if t.batch else ""
+    trained = f"{model_name(t.options)} after {t.epoch} epochs{steps}"
+    print(printable(f"{trained}, on {len(labels):,} {kind} images of {t.data.name}:"))
     line = f"loss {cross_entropy(logits, labels):.4f}, top-1 error {100 * wrong.double().mean():.2f}%"
     if len(classes) > 5:
         top5_wrong = (logits.topk(5).indices != labels[:, None]).all(1)
@@ -106,7 +130,7 @@ def print_evaluation(logits: Tensor, labels: Tensor, classes: tuple[str, ...], h
     for index, name in enumerate(classes):
         mine = wrong[labels == index].double()
         error = f"error {100 * mine.mean():6.2f}%" if len(mine) else "no error to tell"
-        print(f"  {name:30} {len(mine):7,} pictures  {error}")
+        print(f"  {printable(name):30} {len(mine):7,} images  {error}")
 
 
 class Progress:
@@ -164,103 +188,121 @@ def disk_errors_said_once() -> Iterator[None]:
         threading.excepthook = before
 
 
-class Record:
+def epoch_statistics(
+    t: "Training", probe: dict, test_loss: float, test_error: float, test_time: float
+) -> dict:
+    """The line of log.txt for the epoch that t has just finished; times in seconds, errors in %."""
+    images = t.batch * t.options.batch_size
+    loss, wrong = t.totals()
+    return {
+        "train_loss": loss / t.batch,
+        "train_acc": 100 - 100 * wrong / images,
+        "test_loss": test_loss,
+        "test_acc": 100 - test_error,
+        "epoch": t.epoch,
+        "train_time": t.train_time,
+        "test_time": test_time,
+        "images_per_sec": images / t.train_time,
+        "n_parameters": sum(p.numel() for p in t.model.parameters() if p.requires_grad),
+        "num_classes": len(t.data.classes),
+        **probe,
+        **t.options.of_run(),
+        **t.learning_rates(),  # this epoch's, in place of the first
+    }
+
+
+# TensorBoard sorts tags by name, so that the first ones head its page. A word of description each.
+TAGS = {
+    "error/test": "% of the test images that are classified wrongly, after the epoch",
+    "error/train": "% of the training images that are classified wrongly, as the network learned",
+    "loss/test": "cross-entropy of the test images, after the epoch",
+    "loss/train": "cross-entropy of the training images, mean over the epoch's steps",
+    "loss/train_by_step": "the same as it goes: mean over each tenth of an epoch, against the step",
+    "rate/lr": "learning rate of what is not on G(1,n)",
+    "rate/lrg": "learning rate on G(1,n): radians per unit of gradient",
+    "rows/angle_degrees": "degrees that a row on G(1,n) moves in a step, mean over rows and layers",
+    "rows/clipped_share": "share of the rows on G(1,n) whose gradient was clipped",
+    "rows/row_cosine": "mean |cos| between different rows of a layer; 0: orthogonal",
+    "speed/images_per_sec": "training images a second",
+}
+
+
+class RunLog:
     """What a run leaves as it goes: log.txt, TensorBoard, a line on the console. Rank 0's alone.
 
+    log.txt has one line `json_stats: {...}` for each finished epoch.
+
     Args:
-        history: statistics of the epochs that are finished already.
+        history: statistics of the epochs that are finished already; log.txt starts with just these.
     """
 
     def __init__(self, options: Options, history: list[dict]):
-        self.options = options
-        if distributed.rank() == 0:
-            self.log = RunLog(options.save, history)
-            self.board = Board(options.save, len(history))
-
-    def start(self, images: Tensor) -> None:
-        """The configuration and the first augmented pictures, (N, H, W, 3) uint8."""
-        self.board.describe(images)
-
-    def add(self, stats: dict, layers: dict[str, float]) -> None:
-        """A finished epoch, with diagnostics of each layer."""
-        self.log.add(stats)
-        self.board.add(stats, layers)
-        print_epoch(self.options, stats)
-
-    def add_result(self, stats: dict) -> None:
-        """The last epoch's, as what came of the options."""
-        self.board.add_result(self.options, stats)
-
-    def __enter__(self) -> "Record":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if distributed.rank() == 0:
-            self.board.close()
-
-
-# ------------------------------------------------------------------------------------------------ TensorBoard
-
-
-class Board:
-    """TensorBoard's file of a run.
-
-    Args:
-        directory: the run's. finished: epochs that are logged already; what an interrupted run wrote after
-        them is dropped (`purge_step`).
-    """
-
-    def __init__(self, directory: Path, finished: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only a training run needs it
 
-        self.directory = directory
-        self.writer = SummaryWriter(str(directory), purge_step=finished + 1 if finished else 0)
+        self.options = options
+        lines = "".join(map(_log_line, history))
+        write_whole(options.save / LOG, lambda file: file.write(lines.encode()))
+        self.writer = SummaryWriter(str(options.save))
 
-    def describe(self, images: Tensor) -> None:
-        """The configuration as text, and augmented pictures (N, H, W, 3) uint8 as the first epoch sees
-        them."""
-        text = "\n".join(f"    {line}" for line in (self.directory / CONFIG).read_text().splitlines())
+    def start(self, images: Tensor) -> None:
+        """The configuration as text, and the first augmented images, (N, H, W, 3) uint8."""
+        text = "\n".join(f"    {line}" for line in (self.options.save / CONFIG).read_text().splitlines())
         self.writer.add_text("config", text, 0)
-        self.writer.add_images("augmented pictures", images[:64], 0, dataformats="NHWC")
+        self.writer.add_images("training/augmented_images", images[:64], 0, dataformats="NHWC")
+
+    def add_loss(self, loss: float, step: int) -> None:
+        """The mean training loss of some steps up to `step`, which counts from the start of the run."""
+        self._add_scalar("loss/train_by_step", loss, step)
 
     def add(self, stats: dict, layers: dict[str, float]) -> None:
-        """An epoch's statistics and its diagnostics of each layer, safe on disk on return."""
+        """A finished epoch, with diagnostics of each layer; safe on disk on return."""
+        with open(self.options.save / LOG, "a") as file:
+            file.write(_log_line(stats))
+            file.flush()
+            os.fsync(file.fileno())
         scalars = {
-            "loss/train": stats["train_loss"],
-            "loss/test": stats["test_loss"],
-            "error/train": 100 - stats["train_acc"],
-            "error/test": 100 - stats["test_acc"],
-            "images_per_sec": stats["images_per_sec"],
-            "learning_rate/lr": stats["lr"],
-            "learning_rate/lrg": stats["lrg"],
-            **{f"grassmann/{name}": stats[name] for name in GrassmannProbe.NAMES},
+            **{f"loss/{part}": stats[f"{part}_loss"] for part in ("train", "test")},
+            **{f"error/{part}": 100 - stats[f"{part}_acc"] for part in ("train", "test")},
+            **{f"rate/{name}": stats[name] for name in ("lr", "lrg")},
+            **{f"rows/{name}": stats[name] for name in GrassmannProbe.NAMES},
+            "speed/images_per_sec": stats["images_per_sec"],
             **layers,
         }
         for tag, value in scalars.items():
             if value is not None:
-                self.writer.add_scalar(tag, value, stats["epoch"])
+                self._add_scalar(tag, value, stats["epoch"])
         self.writer.flush()
+        print_epoch(self.options, stats)
 
-    def add_result(self, options: Options, stats: dict) -> None:
-        """The options and what came of them, for TensorBoard's table of runs."""
+    def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        summary = scalar(tag, value, new_style=True)
+        summary.value[0].metadata.summary_description = TAGS.get(tag, "of one layer, as rows/...")
+        self.writer.file_writer.add_summary(summary, step)
+
+    def add_result(self, stats: dict) -> None:
+        """The options and what came of them, for TensorBoard's table of runs: method and rates first."""
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-        metrics = {"hparam/test_error": 100 - stats["test_acc"], "hparam/train_loss": stats["train_loss"]}
-        # No option: of a run that goes on to more epochs TensorBoard would show the first number.
-        metrics["hparam/epochs"] = stats["epoch"]
+        fixed = self.options.fixed()
+        first = ("optim_method", "lr", "lrg", "omega", "grad_clip")
         hparams = {}
-        for name, value in options.fixed().items():
-            plain = "none" if value is None else value
+        for name in dict.fromkeys([*first, *fixed]):
+            plain = "none" if fixed[name] is None else fixed[name]
             hparams[name] = str(plain) if isinstance(plain, list) else plain
-        # Not by add_hparams: it writes a second file, which may be read before the first and so be purged.
+        # Not by add_hparams, which writes a second file.
+        metrics = dict.fromkeys(("error/test", "loss/train"), 0)
         for summary in hparams_summaries(hparams, metrics):
             self.writer.file_writer.add_summary(summary, stats["epoch"])
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, stats["epoch"])
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Flush and close TensorBoard's file."""
         self.writer.close()
+
+
+def _log_line(stats: dict) -> str:
+    return f"json_stats: {json.dumps(stats)}\n"
 
 
 # ------------------------------------------------------------------------------------------------ diagnostics
@@ -325,7 +367,7 @@ class GrassmannProbe:
         if state["sums"].shape != self.sums.shape:
             raise ValueError("its probe has other layers")
         self.sums.copy_(state["sums"])
-        self.steps = state["steps"]
+        self.steps = int(state["steps"])
 
     def read(self) -> tuple[dict[str, float | None], dict[str, float]]:
         """Means over the measured steps: over all layers by name, of each by its tag. Starts anew."""
@@ -333,7 +375,7 @@ class GrassmannProbe:
             return dict.fromkeys(self.NAMES), {}
         means = (self.sums / self.steps).cpu()
         scalars = {
-            f"per_layer_{name}/{layer}": value
+            f"rows_by_layer_{name}/{layer}": value
             for (layer, _, _), row in zip(self.layers, means.tolist(), strict=True)
             for name, value in zip(self.NAMES, row, strict=True)
         }

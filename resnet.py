@@ -43,7 +43,7 @@ def blocks_per_group(depth: int) -> int:
 
 
 class WideResNet(nn.Module):
-    """Pictures (N, 3, H, W) -> logits (N, num_classes).
+    """Images (N, 3, H, W) -> logits (N, num_classes).
 
     Args:
         depth: layers in all, 6n + 4. A ValueError names the nearest two depths otherwise.

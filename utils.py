@@ -1,4 +1,4 @@
-"""What a run needs besides the mathematics: its directory, generators, errors for the user, a polite stop.
+"""What a run needs besides the mathematics: errors for the user, its directory, settings of torch, the stop.
 
 A run is a directory: `config.json`, `log.txt`, TensorBoard events, `checkpoint.pt` and `lock`. Everything
 that reads results reads such directories; everything that resumes needs only the directory.
@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -29,34 +30,40 @@ import distributed
 
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
 PREVIOUS = "checkpoint.previous.pt"  # the one before, while the run goes on
-AUTHORS_CHECKPOINT = "model.pt7"  # of the authors' PyTorch script
+
+
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 class UserError(Exception):
-    """Something the user can mend, in one sentence: what is wrong and what to do. Ends with exit code 1."""
+    """Something the user can put right, in one sentence: what is wrong and what to do. Exit code 1.
+
+    Of several processes all raise it (`distributed.raise_on_all`), and rank 0 says it.
+    """
 
 
 class UsageError(UserError):
-    """The same for the command line itself. Ends with exit code 2."""
+    """The same for the command line itself. Exit code 2."""
 
 
 def answer(run: Callable[[], int]) -> int:
-    """Run it and return the exit code; what the user can mend becomes one sentence on standard error."""
+    """Run it and return the exit code; what the user can put right becomes one sentence on standard error."""
     try:
         return run()
     except UserError as error:
-        return say(str(error), 2 if isinstance(error, UsageError) else 1)
+        code = 2 if isinstance(error, UsageError) else 1
+        return say(str(error), code) if distributed.rank() == 0 else code
     except BrokenPipeError:  # whoever read the output has left, as `head` does
-        distributed.first_to_say("failed")
         with suppress(OSError):  # what a notebook prints to has no number
-            number = sys.stdout.fileno()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except ConnectionError as error:  # of `distributed.joined`
+        return say(str(error), 1) if distributed.rank() == 0 else 1
     except OSError as error:
-        return say(f"{error}; when that is mended, continue with --resume", 1)
+        return say(f"{error}; when that is settled, continue with --resume", 1)
     except RuntimeError as error:
-        if trouble := distributed.trouble(error):
-            return say(trouble, 1) if distributed.first_to_say("failed") else 1
+        if lost := distributed.connection_error(error):
+            return say(lost, 1) if distributed.rank() == 0 else 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split("\n\n")[0].split())[:200]
             advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
@@ -67,40 +74,40 @@ def answer(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         if distributed.launched():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher sends its own after the terminal's
-        if distributed.first_to_say("failed"):
+        if distributed.rank() == 0:
             print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
-def printable(words: str) -> str:
-    """The words on one line of UTF-8, whatever bytes they have: an escape for each that cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-
-
 def say(sentence: str, code: int) -> int:
-    """Print it as an error of main.py, once of all processes, and give the code back."""
-    distributed.first_to_say("failed")  # others that lose the connection need not say so
-    if distributed.first_to_say(sentence):
-        print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
+    """Print it as an error of main.py, and give the exit code back."""
+    print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
     return code
+
+
+def printable(words: str) -> str:
+    """The words on one line of UTF-8: what a terminal cannot show, or would obey, is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new
-    one whole.
+    """Let `write` fill a new file beside `path`, then rename it: a kill leaves the old file or the new one.
 
     Raises:
         UserError: the file cannot be written (no permission, disk full); an old one is as it was.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = None
     try:
-        with open(temporary, "wb") as file:
+        # A name of its own, made exclusively: nothing that lies there is followed or overwritten.
+        number, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with open(number, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(number)
+            os.fchmod(number, 0o666 & ~_umask())
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -108,9 +115,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with suppress(OSError):
-            temporary.unlink()
+        with suppress(OSError, TypeError):
+            os.unlink(temporary)
         raise UserError(f"cannot write {path} ({error}); free some space or choose another --save") from error
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -118,81 +130,82 @@ def write_json(path: Path, value: dict) -> None:
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def claim_directory(save: Path, own: bool) -> BinaryIO:
-    """Make the run's directory and lock it until the file that is returned is closed.
+def why_not_there(save: Path, continues: bool) -> str | None:
+    """Why a run must not write to this directory; None: it may.
 
     Args:
-        own: the run that is in it, if any, is the one to continue.
+        continues: the run in it, if any, is the one to go on with.
+    """
+    found = [name for name in (CONFIG, LOG, CHECKPOINT) if (save / name).exists()]
+    if not found or (continues and CHECKPOINT in found):
+        return None
+    try:
+        ours = {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if CHECKPOINT in found:
+        return f"{save} already holds a run; continue it with --resume auto, or choose another --save"
+    if not ours:
+        return f"{save} holds {' and '.join(found)} of another program; choose another --save"
+    if LOG in found and (save / LOG).read_bytes().count(b"\n") > 1:
+        return f"{save} already holds a run, without its checkpoint; choose another --save"
+    return None  # killed before its first checkpoint: it starts over
+
+
+@contextmanager
+def locked(save: Path, continues: bool) -> Iterator[None]:
+    """Make a run's directory and hold it against a second writer; an empty one is removed again. Rank 0 acts.
 
     Raises:
         UserError: it cannot be written, or a living process writes to it.
-        UsageError: another run is in it, or a file of another program that a run would overwrite.
+        UsageError: another run is in it, or a file of another program (`why_not_there`).
     """
+    missing = [folder for folder in (save, *save.parents) if not folder.exists()]
+    locks: list[BinaryIO] = []
+    distributed.on_rank0(lambda: locks.append(lock_directory(save, continues)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            if os.listdir(save) == [LOCK]:
+                (save / LOCK).unlink()
+                for folder in missing:
+                    with suppress(OSError):  # another run has come
+                        folder.rmdir()
+            lock.close()
+
+
+def lock_directory(save: Path, continues: bool) -> BinaryIO:
+    """The locked file `lock` of a run's directory, which is made if need be; errors as of `locked`."""
+    other = "choose another --save"
     if str(save) != os.fsencode(save).decode(errors="replace"):
-        raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; choose another --save")
+        raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; {other}")
+    path = save / LOCK
     try:
         save.mkdir(parents=True, exist_ok=True)
+        if reason := why_not_there(save, continues):
+            raise UsageError(reason)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
     except OSError as error:
-        raise UserError(f"cannot write to {save} ({error.strerror}); choose another --save") from error
-    there = [name for name in (CONFIG, LOG, CHECKPOINT, AUTHORS_CHECKPOINT) if (save / name).exists()]
-    other = "choose another --save"
-    if there and not own and is_ours(save, there):
-        raise UsageError(f"{save} already holds a run; continue it with --resume auto, or {other}")
-    logged = (save / LOG).read_text(errors="replace").count("\n") if LOG in there else 0
-    # A run that was killed before it wrote its first checkpoint has logged one epoch at most.
-    if there and not (is_ours(save, there) and (CHECKPOINT in there or logged <= 1)):
-        names = " and ".join(there)
-        raise UsageError(f"{save} holds {names} but no checkpoint of main.py, and is left as it is; {other}")
-    return lock_directory(save)
-
-
-def is_ours(save: Path, there: list[str]) -> bool:
-    """Whether main.py wrote the files `there`: a run has its config.json before anything else."""
-    if CHECKPOINT in there:
-        return True  # as far as a name tells; `load_checkpoint` looks into it
-    return {"options", "model", "data"} <= read_config(save).keys()
-
-
-def read_config(save: Path) -> dict:
-    """What config.json says; nothing where it is not there or not whole."""
-    try:
-        config = json.loads((save / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def lock_directory(directory: Path) -> BinaryIO:
-    """Lock a run's directory against a second writer until the returned file is closed.
-
-    Raises:
-        UserError: a living process holds the lock, on this machine or on one that shares the file system.
-    """
-    path = directory / LOCK
-    try:
-        file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory} ({error.strerror}); choose another --save") from error
+        raise UserError(f"cannot write to {save} ({error.strerror}); {other}") from error
+    holder = file.read().decode(errors="replace").strip()
+    problem = None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
-        holder = file.read().decode(errors="replace").strip() or "another process"
+        problem = f"{save} cannot be locked ({error.strerror}); choose a --save on a local disk"
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            gone = f"(if that machine is gone, remove {path} and try again)"
+            problem = (
+                f"{save} is being written by {holder or 'another process'}; wait for it, or {other} {gone}"
+            )
+    if problem is None and not re.match(r"(process \d+ on |$)", holder):
+        problem = f"{path} was not written by main.py and is left as it is; {other}"
+    if problem:
         file.close()
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise UserError(
-                f"{directory} cannot be locked ({error.strerror}); "
-                "choose a --save on a local disk, or make a folder above it a link to one"
-            ) from error
-        raise UserError(
-            f"{directory} is being written by {holder}; wait for it, or choose another --save "
-            f"(if that machine is gone, remove {path} and try again)"
-        ) from error
+        raise UserError(problem)
     file.seek(0)
-    if not re.match(rb"(process \d+ on |$)", file.read()):
-        file.close()
-        raise UsageError(f"{path} was not written by main.py and is left as it is; choose another --save")
-    file.truncate(0)
+    file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()
     return file
@@ -200,13 +213,6 @@ def lock_directory(directory: Path) -> BinaryIO:
 
 def write_config(save: Path, config: dict, device: torch.device) -> None:
     """config.json: what the run is (options, model, data); the call's device, versions and git commit."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        process = subprocess.run(describe, capture_output=True, text=True, errors="replace")
-        commit, reason = process.stdout.strip(), process.stderr.strip()
-    except OSError as error:
-        commit, reason = "", str(error)
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -214,15 +220,31 @@ def write_config(save: Path, config: dict, device: torch.device) -> None:
         "numpy": np.__version__,
         "opencv": cv2.__version__,
     }
-    where = {**environment(device), "versions": versions, "git_commit": commit or None}
-    if not commit:
-        where["git_error"] = reason
+    where = {**environment(device), "versions": versions, "git_commit": git_commit()}
     write_json(save / CONFIG, {**config, **where})
+
+
+def git_commit() -> str | None:
+    """The commit of this program, "-dirty" where a file has changed; None where git does not know it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # Else of an untracked copy inside another repository it would be the other's.
+    known = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        for command in (known, describe):
+            done = subprocess.run(command, capture_output=True, env=clean, check=True)
+        return done.stdout.decode().strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------- repeatable settings
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """What decides the last bits of a result besides the options."""
-    processes = {"processes": distributed.size()} if distributed.size() > 1 else {}
+    size = distributed.world_size()
     cuda = device.type == "cuda"
     tf32 = cuda and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
     return {
@@ -230,8 +252,17 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "float32_convolutions": "TF32" if tf32 else "float32",
-        **processes,
+        **({"processes": size} if size > 1 else {}),
     }
+
+
+def note_environment(then: dict, device: torch.device) -> None:
+    """Say what has changed since `environment` gave `then`, if anything."""
+    now = environment(device)
+    names = [name for name in then if name != "processes"]  # these have a note of their own
+    changed = [f"{name} {then[name]} then, {now[name]} now" for name in names if then[name] != now[name]]
+    if changed:
+        print(f"note: the last bits of the result may differ: {printable('; '.join(changed))}", flush=True)
 
 
 @contextmanager
@@ -254,26 +285,6 @@ def repeatable() -> Iterator[None]:
             yield
         finally:
             cudnn.deterministic, cudnn.allow_tf32 = before
-
-
-def note_environment(then: dict, device: torch.device) -> None:
-    """Say what has changed since `environment` gave `then`, if anything."""
-    now = environment(device)
-    then = {key: value for key, value in then.items() if key != "processes"}  # these have a note of their own
-    changed = [f"{key} {old} then, {now[key]} now" for key, old in then.items() if old != now[key]]
-    if changed:
-        print(f"note: the last bits of the result may differ: {'; '.join(changed)}", flush=True)
-
-
-def note_slow_bfloat16(dtype: str, device: torch.device) -> None:
-    """Say so where bfloat16 is slower than float32: on an x86 CPU without instructions for it."""
-    if dtype == "bfloat16" and device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # torch that has no such function cannot tell
-        if has.get("architecture") == "x86_64" and not (has.get("amx_bf16") or has.get("avx512_bf16")):
-            print("note: this CPU has no bfloat16 instructions; float32 is several times faster", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- generators
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -299,42 +310,6 @@ def seed_rank(seed: int, epoch: int, batch: int) -> None:
     if rank := distributed.rank():
         sequence = np.random.SeedSequence(seed, spawn_key=(epoch, batch, rank))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-
-
-# ------------------------------------------------------------------------------------------------------- logs
-
-
-class RunLog:
-    """log.txt: one line `json_stats: {...}` for each finished epoch.
-
-    Args:
-        directory: the run's.
-        history: statistics of the epochs that are finished already; the file starts with just these.
-    """
-
-    def __init__(self, directory: Path, history: list[dict]):
-        self.path = directory / LOG
-        lines = "".join(map(_log_line, history))
-        write_whole(self.path, lambda file: file.write(lines.encode()))
-
-    def add(self, stats: dict) -> None:
-        """Append an epoch's statistics, safe on disk on return."""
-        with open(self.path, "a") as file:
-            file.write(_log_line(stats))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def mend_log(directory: Path, history: list[dict]) -> None:
-    """Write log.txt anew where a finished run's has not all epochs of its checkpoint."""
-    log = directory / LOG
-    if not log.is_file() or log.read_bytes() != "".join(map(_log_line, history)).encode():
-        RunLog(directory, history)
-        print(f"note: {log} differed from the checkpoint's epochs, and was written anew", flush=True)
-
-
-def _log_line(stats: dict) -> str:
-    return f"json_stats: {json.dumps(stats)}\n"
 
 
 # ------------------------------------------------------------------------------------------------------- stop
@@ -368,20 +343,20 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception) -> None:
-        if distributed.size() == 1:
+        if distributed.world_size() == 1:
             for number, handler in self.before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def _receive(self, number: int, frame) -> None:
         self.received = number
-        if distributed.size() == 1:
+        if distributed.world_size() == 1:
             signal.signal(number, signal.SIG_DFL)  # asked twice, the process ends at once
 
     def asked(self, by_signal: bool = False) -> bool:
         """Whether to stop now, by a signal or (unless `by_signal`) the deadline; the same on every rank."""
         late = not by_signal and self.deadline is not None and time.monotonic() >= self.deadline
         received = self.received or (signal.SIGHUP if distributed.orphaned() else 0)
-        self.signal, late = distributed.largest([received, int(late)])
+        self.signal, late = distributed.all_max([received, int(late)])
         return bool(self.signal or late)
 
     @property

@@ -16,7 +16,7 @@ CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 1
 
 
 class VGG(nn.Module):
-    """Pictures (N, 3, 32, 32) -> logits (N, num_classes). In training N is at least 2, as batch normalization
+    """Images (N, 3, 32, 32) -> logits (N, num_classes). In training N is at least 2, as batch normalization
     needs.
 
     Args:

@@ -10,22 +10,22 @@ if missing := [name for name in ("pytest", "torch", "cv2", "hypothesis", "geoopt
     sys.exit(f"the tests need {', '.join(missing)}: {needed}")
 
 import pytest
-from helpers import METHODS, Outcome, call, make_pictures
+from helpers import METHODS, Outcome, call, make_images
 
 
 @pytest.fixture(scope="session")
-def pictures_root(tmp_path_factory) -> Path:
-    """The root of `make_pictures`; a test that changes it works on a copy."""
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+def images_root(tmp_path_factory) -> Path:
+    """The root of `make_images`; a test that changes it works on a copy."""
+    return make_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="session")
-def tiny(pictures_root):
+def tiny(images_root):
     """tiny(method, save, *more): arguments of a short run: 2 epochs of 3 steps, the rates drop after one."""
 
     def arguments(method: str, save: Path, *more) -> list[str]:
         network = ["--depth", 10, "--width", 1, "--dropout", 0.3, "--optim_method", method]
-        data = ["--dataset", "folder", "--dataroot", pictures_root, "--batchSize", 16]
+        data = ["--dataset", "folder", "--dataroot", images_root, "--batchSize", 16]
         schedule = ["--epochs", 2, "--epoch_step", "[1]"]
         return [str(word) for word in [*network, *data, *schedule, "--save", save, *more]]
 

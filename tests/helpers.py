@@ -112,17 +112,17 @@ def wait_for_the_next_second():
     time.sleep(1.01 - time.time() % 1)
 
 
-def make_pictures(root: Path) -> Path:
-    """A `folder` data set: 48 noisy pictures to train, 18 to test, of 3 classes with a tinge of their own."""
+def make_images(root: Path) -> Path:
+    """A `folder` data set: 48 noisy images to train, 18 to test, of 3 classes with a tinge of their own."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("test", 6)):
         for label in range(3):
             directory = root / part / f"class{label}"
             directory.mkdir(parents=True)
             for index in range(count):
-                picture = rng.integers(0, 230, (32, 32, 3), dtype=np.uint8)
-                picture[..., label] += 4
-                cv2.imwrite(str(directory / f"{index:02}.png"), picture)
+                image = rng.integers(0, 230, (32, 32, 3), dtype=np.uint8)
+                image[..., label] += 4
+                cv2.imwrite(str(directory / f"{index:02}.png"), image)
     return root
 
 
@@ -169,7 +169,7 @@ def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
 
 
 def write_archive(dataset, root, monkeypatch):
-    """Writes the archive of `dataset` with 4 random pictures a file; returns what it wrote, file by file."""
+    """Writes the archive of `dataset` with 4 random images a file; returns what it wrote, file by file."""
     from torchvision import datasets
 
     source = getattr(datasets, dataset)
@@ -197,7 +197,7 @@ def write_archive(dataset, root, monkeypatch):
 
 
 def write_svhn(root, monkeypatch):
-    """Writes the three files of SVHN with random pictures, compressed as the real ones; returns them."""
+    """Writes the three files of SVHN with random images, compressed as the real ones; returns them."""
     from torchvision.datasets import SVHN
 
     generator = np.random.default_rng(0)

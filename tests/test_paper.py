@@ -152,14 +152,14 @@ MEAN_AND_STD = {  # of red, green and blue on 0..255; SVHN: x / 255
 }
 
 
-def write_pictures(dataset, root, monkeypatch):
-    """A few random pictures as the data set's files; for SVHN returns them."""
+def write_images(dataset, root, monkeypatch):
+    """A few random images as the data set's files; for SVHN returns them."""
     return write_svhn(root, monkeypatch) if dataset == "SVHN" else write_archive(dataset, root, monkeypatch)
 
 
 @pytest.mark.parametrize(("dataset", "method"), RATES)
 def test_hyperparameters_of_a_started_run(dataset, method, tmp_path, monkeypatch):
-    write_pictures(dataset, tmp_path, monkeypatch)
+    write_images(dataset, tmp_path, monkeypatch)
     one_step = ["--max_minutes", 1e-9, "--batchSize", 4, "--depth", 10, "--width", 1]
     flags = [
         "--dataset",
@@ -198,7 +198,7 @@ def test_batch_size_and_the_dropout_of_vgg(dataset):
 
 @pytest.mark.parametrize(("dataset", "method"), RATES)
 def test_learning_rates_epoch_by_epoch(dataset, method, tmp_path, monkeypatch):
-    write_pictures(dataset, tmp_path, monkeypatch)
+    write_images(dataset, tmp_path, monkeypatch)
     flags = f"--depth 10 --width 1 --dataset {dataset} --optim_method {method}"
     t = main.Training(parse_options(flags.split())[0], load_data(dataset, tmp_path))
     cifar, svhn = [0.2] * 60 + [0.04] * 40 + [0.008] * 40, [0.1] * 60 + [0.01] * 40
@@ -359,9 +359,9 @@ def assert_run_is_plain_loop(s, save, data_flags, *data):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """27 pictures to train, 18 to test: noise, each channel at a level of its own. As files and as arrays."""
-    root, rng, parts = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+def images(tmp_path_factory):
+    """27 images to train, 18 to test: noise, each channel at a level of its own. As files and as arrays."""
+    root, rng, parts = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
     for part, count in (("train", 9), ("test", 6)):
         labels = np.repeat(np.arange(3), count)
         images = rng.integers([0, 90, 20], [256, 150, 60], (3 * count, 32, 32, 3)).astype(np.uint8)
@@ -377,19 +377,19 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize("epoch_step", [[1], []])  # finished epochs after which the learning rates drop
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_a_wrn_is_the_plain_loop(method, epoch_step, pictures, tmp_path):
-    assert_run_is_plain_loop(setting(method, epoch_step=epoch_step), tmp_path / "run", *pictures)
+def test_a_run_of_a_wrn_is_the_plain_loop(method, epoch_step, images, tmp_path):
+    assert_run_is_plain_loop(setting(method, epoch_step=epoch_step), tmp_path / "run", *images)
 
 
 @pytest.mark.parametrize("epoch_step", [[1], []])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_a_vgg_is_the_plain_loop(method, epoch_step, pictures, tmp_path):
+def test_a_run_of_a_vgg_is_the_plain_loop(method, epoch_step, images, tmp_path):
     slow = setting(method, model="vgg11", batchSize=20, lr=0.002, lrg=0.004, epoch_step=epoch_step)
-    assert_run_is_plain_loop(slow, tmp_path / "run", *pictures)
+    assert_run_is_plain_loop(slow, tmp_path / "run", *images)
 
 
 def test_a_run_on_svhn_is_the_plain_loop_without_augmentation(tmp_path, monkeypatch):
-    content = write_pictures("SVHN", tmp_path, monkeypatch)
+    content = write_images("SVHN", tmp_path, monkeypatch)
     parts = {name: (x.transpose(3, 0, 1, 2), y[:, 0].astype(int) % 10) for name, (x, y) in content.items()}
     train = [np.concatenate(pair) for pair in zip(parts["train"], parts["extra"], strict=True)]
     flags = ["--dataset", "SVHN", "--dataroot", tmp_path]

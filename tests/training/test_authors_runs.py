@@ -58,11 +58,11 @@ def test_a_file_of_another_program_is_left_alone(tiny, tmp_path, name, content):
     assert contents(tmp_path) == {name: content.encode()}
 
 
-def test_their_weights_are_evaluated(theirs, pictures_root, tiny, tmp_path):
+def test_their_weights_are_evaluated(theirs, images_root, tiny, tmp_path):
     """As the same weights in a checkpoint of ours."""
     directory, model = theirs
     before = contents(directory)
-    data = ["--dataset", "folder", "--dataroot", pictures_root, "--batchSize", 16]
+    data = ["--dataset", "folder", "--dataroot", images_root, "--batchSize", 16]
     outcome = call("--eval", "--resume", directory / "model.pt7", *NETWORK, *data)
     assert (outcome.code, outcome.err) == (0, "")
     note = r"(?m)^note: .* authors' script after 3 epochs; the epoch and the optimizer's state are not"
@@ -111,17 +111,17 @@ def interrupted(*args):
 
 
 @pytest.mark.parametrize("part", [{"params": None}, {"stats": [1]}, {"params": {1: torch.zeros(2)}}])
-def test_their_broken_checkpoint_is_one_sentence(theirs, pictures_root, tmp_path, part):
+def test_their_broken_checkpoint_is_one_sentence(theirs, images_root, tmp_path, part):
     state = torch.load(theirs[0] / "model.pt7", weights_only=True)
     torch.save({**state, **part}, tmp_path / "model.pt7")
-    data = ["--dataset", "folder", "--dataroot", pictures_root]
+    data = ["--dataset", "folder", "--dataroot", images_root]
     outcome = call("--eval", "--resume", tmp_path / "model.pt7", *NETWORK, *data)
     assert_one_sentence(outcome, 1, "broken checkpoint of the authors' script")
 
 
-def test_what_does_not_fit_is_said(theirs, pictures_root):
+def test_what_does_not_fit_is_said(theirs, images_root):
     directory, _ = theirs
-    data = ["--dataset", "folder", "--dataroot", pictures_root]
+    data = ["--dataset", "folder", "--dataroot", images_root]
     outcome = call("--eval", "--resume", directory / "model.pt7", "--depth", 16, "--width", 1, *data)
     assert_one_sentence(outcome, 1, "do not fit", "--depth")
     assert_one_sentence(call("--eval", "--resume", directory), 1, r"--resume \S*model\.pt7 to start")
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_said(theirs, pictures_root):
 def test_summary_of_a_checkpoint_describes_its_weights(finished, monkeypatch):
     """Mean, deviation, shortest and longest row, and largest |cos|, against their definitions in float64."""
     save, _ = finished["SGDG"]
-    monkeypatch.setattr(main, "load_data", interrupted)  # the pictures may be gone
+    monkeypatch.setattr(main, "load_data", interrupted)  # the images may be gone
     outcome = call("--summary", "--resume", save)
     assert (outcome.code, outcome.err) == (0, "")
     assert max(map(len, outcome.out.splitlines())) <= 80

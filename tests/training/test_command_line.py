@@ -125,7 +125,7 @@ class TestOptions:
 
     def test_save_has_a_default_for_each_run(self):
         argv = ["--dataset", "folder", "--optim_method", "SGDG", "--seed", "3", "--dataset_name"]
-        for name, folder in (("my pictures", "my-pictures"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
+        for name, folder in (("my images", "my-images"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
             assert parse(*argv, name)["save"] == Path(f"logs/{folder}/wrn-28-10/SGDG/seed3")
         assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
 
@@ -237,9 +237,9 @@ class TestOutput:
         expected = stats["train_loss"], 100 - stats["train_acc"]
         assert tuple(map(float, shown.groups())) == pytest.approx(expected, abs=0.0051)
 
-    def test_the_program_itself_ends_with_the_exit_code(self, pictures_root, tmp_path):
+    def test_the_program_itself_ends_with_the_exit_code(self, images_root, tmp_path):
         # The one real process for bad input: what C++ code prints would show here.
-        root = shutil.copytree(pictures_root, tmp_path / "pictures")
+        root = shutil.copytree(images_root, tmp_path / "images")
         (root / "test" / "class1" / "05.png").write_bytes(b"\x89PNG\r\n\x1a\nbut no more")
         command = [
             sys.executable,
@@ -356,9 +356,9 @@ class TestBadInput:
         (tmp_path / "file").write_text("no directory")
         assert_one_sentence(call(*flags, tmp_path / "file"), 1, "file")
 
-    @pytest.mark.parametrize("content", [b"", b"no picture", b"\xff\xd8\xff\xe0 cut"])
-    def test_a_corrupt_picture_is_named(self, pictures_root, tmp_path, content):
-        root = shutil.copytree(pictures_root, tmp_path / "pictures")
+    @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0 cut"])
+    def test_a_corrupt_image_is_named(self, images_root, tmp_path, content):
+        root = shutil.copytree(images_root, tmp_path / "images")
         (root / "train" / "class2" / "07.png").write_bytes(content)
         outcome = call("--dataset", "folder", "--dataroot", root, "--save", tmp_path / "run")
         assert_one_sentence(outcome, 1, r"class2/07\.png", "mend or remove")
@@ -511,12 +511,12 @@ class TestBadCheckpoint:
         assert_one_sentence(call("--resume", save, flag, value), 2, rf"{shown}\b|{shown} ", stored)
         assert contents(save) == before
 
-    def test_other_pictures_than_at_training(self, finished, pictures_root, tmp_path):
+    def test_other_images_than_at_training(self, finished, images_root, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
-        root = shutil.copytree(pictures_root, tmp_path / "pictures")
+        root = shutil.copytree(images_root, tmp_path / "images")
         shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
         before = contents(save)
-        assert_one_sentence(call("--resume", save, "--dataroot", root, "--epochs", 3), 1, "other pictures")
+        assert_one_sentence(call("--resume", save, "--dataroot", root, "--epochs", 3), 1, "other images")
         assert contents(save) == before
 
     def test_fewer_epochs_than_are_finished(self, finished, tmp_path):
@@ -578,15 +578,15 @@ def test_the_home_directory_is_known_without_a_shell(tiny, finished, tmp_path, m
     assert "nothing to do" in call(*tiny("SGD", "~/run", "--resume", "auto")).out
 
 
-class TestOtherPictures:
-    """A checkpoint is evaluated on any pictures of as many classes."""
+class TestOtherImages:
+    """A checkpoint is evaluated on any images of as many classes."""
 
-    def test_are_normalized_as_the_runs(self, finished, pictures_root, tmp_path):
+    def test_are_normalized_as_the_runs(self, finished, images_root, tmp_path):
         save = finished["SGD"][0]
-        root = shutil.copytree(pictures_root, tmp_path / "pictures")
+        root = shutil.copytree(images_root, tmp_path / "images")
         shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
         own, other = call("--resume", save, "--eval"), call("--resume", save, "--eval", "--dataroot", root)
-        note = "note: other pictures than the run's, normalized as the run's\n"
+        note = "note: other images than the run's, normalized as the run's\n"
         assert (other.code, other.err) == (0, "")
         assert other.out.replace(note, "") == own.out  # the test part is the same
         shutil.rmtree(root / "train")
@@ -605,17 +605,17 @@ class TestOtherPictures:
         outcome = call("--resume", finished["SGD"][0], "--eval", "--dataset", "digits")
         assert_one_sentence(outcome, 1, "digits has 10 classes", "network 3")
 
-    def test_a_run_with_held_out_pictures_is_evaluated_on_the_test_set_too(
-        self, tiny, pictures_root, tmp_path
+    def test_a_run_with_held_out_images_is_evaluated_on_the_test_set_too(
+        self, tiny, images_root, tmp_path
     ):
         assert call(*tiny("SGD", tmp_path / "run", "--holdout", 12)).code == 0
         words = ["--resume", tmp_path / "run", "--eval"]
-        assert "on 12 held-out training pictures of folder" in call(*words).out
-        assert "on 18 test pictures of folder" in call(*words, "--holdout", 0).out
-        other = shutil.copytree(pictures_root, tmp_path / "other")
+        assert "on 12 held-out training images of folder" in call(*words).out
+        assert "on 18 test images of folder" in call(*words, "--holdout", 0).out
+        other = shutil.copytree(images_root, tmp_path / "other")
         shutil.rmtree(other / "train")
-        assert "on 18 test pictures of folder" in call(*words, "--dataroot", other).out
-        moved = shutil.copytree(pictures_root, tmp_path / "moved")  # goes on with what was held out
+        assert "on 18 test images of folder" in call(*words, "--dataroot", other).out
+        moved = shutil.copytree(images_root, tmp_path / "moved")  # goes on with what was held out
         assert call("--resume", tmp_path / "run", "--dataroot", moved, "--epochs", 3).code == 0
         assert load(tmp_path / "run")["options"]["holdout"] == 12
 
@@ -706,7 +706,7 @@ class TestSummary:
         outcome = call("--summary", *flags)
         assert (outcome.code, outcome.err) == (0, "")
         assert f"in all: {parameters:,} parameters" in outcome.out
-        assert f"multiply-adds of one picture: {multiply_adds:,}" in outcome.out
+        assert f"multiply-adds of one image: {multiply_adds:,}" in outcome.out
         assert not list(tmp_path.iterdir())
 
     def test_measured_weights_are_on_g_and_leave_the_generators_alone(self):
@@ -724,9 +724,9 @@ class TestSummary:
         main.grassmann_param_groups(model, 0.1, 0.1, select="measured", loss_fn=main.random_loss)
         assert main.torch.equal(main.torch.get_rng_state(), state)
 
-    def test_of_a_folder_has_its_classes(self, pictures_root):
+    def test_of_a_folder_has_its_classes(self, images_root):
         out = call(
-            "--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", pictures_root
+            "--summary", "--depth", 10, "--width", 1, "--dataset", "folder", "--dataroot", images_root
         ).out
         assert re.search(r"fc\.weight +3 x 64", out)
 
@@ -798,7 +798,7 @@ def test_a_holdout_is_tested_on_instead_of_the_test_set(tiny, tmp_path):
     config = json.loads((save / "config.json").read_text())
     assert (config["data"]["train_images"], config["data"]["test_images"]) == (36, 12)
     assert config["options"]["holdout"] == 12
-    assert "on 12 held-out training pictures" in call("--eval", "--resume", save).out
+    assert "on 12 held-out training images" in call("--eval", "--resume", save).out
     assert_one_sentence(call("--resume", save, "--holdout", 6), 2, "12", "6")
 
 

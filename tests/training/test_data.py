@@ -17,8 +17,8 @@ from utils import UserError
 
 
 @pytest.fixture
-def pictures():
-    """50 random pictures with labels that say which picture it is."""
+def images():
+    """50 random images with labels that say which image it is."""
     images = np.random.default_rng(1).integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     return images, np.arange(50, dtype=np.int64)
 
@@ -49,7 +49,7 @@ class TestEpochPlan:
         assert not same(arrays(large), arrays(EpochPlan(1000, 64, seed=5, epoch=3)))
 
     @pytest.mark.parametrize(("n_images", "batch_size"), [(1000, 64), (128, 64), (64, 64), (65, 64), (5, 1)])
-    def test_full_batches_only_and_no_picture_twice(self, n_images, batch_size):
+    def test_full_batches_only_and_no_image_twice(self, n_images, batch_size):
         plan = EpochPlan(n_images, batch_size, seed=0, epoch=0)
         assert len(plan) == n_images // batch_size
         assert plan.order.shape == plan.flips.shape == (len(plan), batch_size)
@@ -90,7 +90,7 @@ class TestEpochPlan:
 
 
 def naive_batch(images, labels, plan, k):
-    """The paper's augmentation, one picture after the other."""
+    """The paper's augmentation, one image after the other."""
     batch = []
     for index, (top, left), flip in zip(plan.order[k], plan.offsets[k], plan.flips[k], strict=True):
         p = plan.pad
@@ -108,8 +108,8 @@ def preparing_threads():
 class TestTrainBatches:
     @pytest.mark.parametrize("flip", [False, True])
     @pytest.mark.parametrize("pad", [0, 1, 4, 31])
-    def test_batch_equals_the_naive_reference(self, pictures, pad, flip):
-        images, labels = pictures
+    def test_batch_equals_the_naive_reference(self, images, pad, flip):
+        images, labels = images
         before = images.copy()
         batches = TrainBatches(images, labels, pad)
         plan = EpochPlan(50, 16, seed=0, epoch=0, pad=pad, flip=flip)
@@ -124,9 +124,9 @@ class TestTrainBatches:
         images, _ = TrainBatches(ramp, np.zeros(1, np.int64), 4).batch(plan, 0)
         assert images[0, 0, :6, 0].tolist() == [4, 3, 2, 1, 0, 1]
 
-    def test_types_and_layout(self, pictures):
+    def test_types_and_layout(self, images):
         plan = EpochPlan(50, 16, seed=0, epoch=0)
-        images, labels = TrainBatches(*pictures, 4).batch(plan, 0)
+        images, labels = TrainBatches(*images, 4).batch(plan, 0)
         assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
             (16, 32, 32, 3),
             np.uint8,
@@ -135,8 +135,8 @@ class TestTrainBatches:
         )
         assert images.flags.c_contiguous
 
-    def test_a_plan_for_other_data_is_refused(self, pictures):
-        batches = TrainBatches(*pictures, 4)
+    def test_a_plan_for_other_data_is_refused(self, images):
+        batches = TrainBatches(*images, 4)
         for plan in (EpochPlan(50, 16, seed=0, epoch=0, pad=3), EpochPlan(49, 16, seed=0, epoch=0)):
             with pytest.raises(AssertionError):
                 batches.batch(plan, 0)
@@ -145,8 +145,8 @@ class TestTrainBatches:
 class TestIterate:
     @pytest.mark.parametrize("nthread", [0, 1, 3])
     @pytest.mark.parametrize("start", [0, 5, 12, 13])
-    def test_gives_the_plans_batches_whatever_the_threads(self, pictures, nthread, start):
-        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 4, seed=0, epoch=0)
+    def test_gives_the_plans_batches_whatever_the_threads(self, images, nthread, start):
+        batches, plan = TrainBatches(*images, 4), EpochPlan(50, 4, seed=0, epoch=0)
         assert len(plan) == 12
         got = list(batches.iterate(plan, start=start, nthread=nthread))
         assert len(got) == max(0, 12 - start)
@@ -156,8 +156,8 @@ class TestIterate:
             assert same((images.numpy(), labels.numpy()), batches.batch(plan, k))
 
     @pytest.mark.parametrize("nthread", [0, 2])
-    def test_an_exception_in_a_worker_reaches_the_caller_in_its_turn(self, pictures, nthread, monkeypatch):
-        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 4, seed=0, epoch=0)
+    def test_an_exception_in_a_worker_reaches_the_caller_in_its_turn(self, images, nthread, monkeypatch):
+        batches, plan = TrainBatches(*images, 4), EpochPlan(50, 4, seed=0, epoch=0)
         batch = batches.batch
 
         def broken(plan, k):
@@ -173,8 +173,8 @@ class TestIterate:
             next(iterator)
         assert not preparing_threads()
 
-    def test_looks_ahead_only_so_far_and_leaves_no_thread(self, pictures, monkeypatch):
-        batches, plan = TrainBatches(*pictures, 4), EpochPlan(50, 1, seed=0, epoch=0)
+    def test_looks_ahead_only_so_far_and_leaves_no_thread(self, images, monkeypatch):
+        batches, plan = TrainBatches(*images, 4), EpochPlan(50, 1, seed=0, epoch=0)
         batch, prepared = batches.batch, []
 
         def recorded(plan, k):
@@ -191,8 +191,8 @@ class TestIterate:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
-def test_eval_batches_are_all_pictures_in_order(pictures, batch_size):
-    images, labels = pictures
+def test_eval_batches_are_all_images_in_order(images, batch_size):
+    images, labels = images
     got = list(eval_batches(images, labels, batch_size))
     assert len(got) == -(-50 // batch_size)
     assert torch.equal(torch.cat([x for x, _ in got]), torch.from_numpy(images))
@@ -306,7 +306,7 @@ class TestSvhn:
         ):
             assert images.flags.c_contiguous
             assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
-            # In the file a picture is X[:, :, :, i] and the digit 0 has the label 10.
+            # In the file a image is X[:, :, :, i] and the digit 0 has the label 10.
             pairs = [(content[split], i) for split in splits for i in range(SVHN_SIZES[split])]
             assert len(images) == len(labels) == len(pairs)
             for image, label, ((x, y), i) in zip(images, labels, pairs, strict=True):
@@ -360,7 +360,7 @@ class TestDigits:
 
         original = load_digits()
         assert np.array_equal(train + test, np.bincount(original.target))
-        # Every original is there once: the enlarged pictures' mean brightnesses, sorted, are the same.
+        # Every original is there once: the enlarged images' mean brightnesses, sorted, are the same.
         both = np.concatenate([digits.train_images, digits.test_images])[..., 0].mean((1, 2))
         enlarged = [
             cv2.resize(np.rint(image * 255 / 16).astype(np.uint8), (32, 32)).mean()
@@ -390,7 +390,7 @@ def test_sha256_depends_on_every_array_and_its_shape(digits):
 
 class TestHoldOut:
     @staticmethod
-    def pictures(images):
+    def images(images):
         return sorted(image.tobytes() for image in images)
 
     @pytest.mark.parametrize("count", [20, 143, 360, 1417])
@@ -398,8 +398,8 @@ class TestHoldOut:
         held = hold_out(digits, count)
         assert (len(held.train_labels), len(held.test_labels)) == (1437 - count, count)
         both = np.concatenate([held.train_images, held.test_images])
-        assert self.pictures(both) == self.pictures(digits.train_images)
-        # Every picture kept its label: digits has no picture twice.
+        assert self.images(both) == self.images(digits.train_images)
+        # Every image kept its label: digits has no image twice.
         label_of = {x.tobytes(): y for x, y in zip(digits.train_images, digits.train_labels, strict=True)}
         assert len(label_of) == 1437
         for images, labels in ((held.train_images, held.train_labels), (held.test_images, held.test_labels)):
@@ -429,7 +429,7 @@ class TestHoldOut:
     @pytest.mark.parametrize(("count", "use"), [(9, "choose on"), (1428, "train on")])
     def test_a_part_without_a_class_is_an_error(self, digits, count, use):
         with pytest.raises(
-            UserError, match=rf"--holdout {count} leaves no picture to {use} of the classes: \d"
+            UserError, match=rf"--holdout {count} leaves no image to {use} of the classes: \d"
         ):
             hold_out(digits, count)
 

@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import distributed
 import main
 
-BATCH = ["--batchSize", 18]  # 2 steps of the 48 pictures; 2 and 3 processes divide it
+BATCH = ["--batchSize", 18]  # 2 steps of the 48 images; 2 and 3 processes divide it
 SIZES = pytest.mark.parametrize("size", [2, 3])
 
 
@@ -145,8 +145,8 @@ def test_dropout_differs_between_the_ranks(tiny, ranks, tmp_path):
 
 
 @SIZES
-def test_evaluation_counts_each_picture_once(size, tiny, ranks, tmp_path):
-    """Also where a last batch has fewer pictures than there are processes."""
+def test_evaluation_counts_each_image_once(size, tiny, ranks, tmp_path):
+    """Also where a last batch has fewer images than there are processes."""
     for holdout in (0, 13, 19):  # with batches of 6: the last has 6, 1 and 1
         save = tmp_path / str(holdout)
         flags = ["--batchSize", 6, "--holdout", holdout]

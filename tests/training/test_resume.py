@@ -246,7 +246,7 @@ class TestResume:
         assert call(*tiny("SGDG", save, "--resume", "auto")).code == 0
         assert_same_run(save, finished["SGDG"][0])
         assert scalars(save) == scalars(finished["SGDG"][0])
-        assert len(EventAccumulator(str(save)).Reload().Images("augmented pictures")) == 1
+        assert len(EventAccumulator(str(save)).Reload().Images("augmented images")) == 1
         assert [int(stats["epoch"]) for stats in log_lines(save)] == [1, 2]
         assert len(list(finished["SGDG"][0].glob("events*"))) == 1  # of two, the order of reading would count
 
@@ -294,10 +294,10 @@ class TestResume:
         times = [json.loads(line.split(" ", 1)[1])["train_time"] for line in (save / "log.txt").open()]
         assert times[0] > 1000 > times[1]
 
-    def test_the_data_may_have_moved(self, tiny, finished, pictures_root, tmp_path, monkeypatch):
+    def test_the_data_may_have_moved(self, tiny, finished, images_root, tmp_path, monkeypatch):
         save = tmp_path / "run"
         stopped_run(tiny, monkeypatch, "SGD", save, 2)
-        moved = shutil.copytree(pictures_root, tmp_path / "moved")
+        moved = shutil.copytree(images_root, tmp_path / "moved")
         assert call("--resume", save, "--dataroot", moved).code == 0
         assert_same_run(save, finished["SGD"][0], but=("dataroot",))
 

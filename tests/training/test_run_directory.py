@@ -77,9 +77,9 @@ class TestConfig:
         where = utils.environment(torch.device("cuda"))
         assert (where["device"], where["float32_convolutions"]) == ("a GPU", precision)
 
-    def test_holds_the_number_of_pictures_and_the_digest_of_the_arrays(self, finished, pictures_root):
+    def test_holds_the_number_of_images_and_the_digest_of_the_arrays(self, finished, images_root):
         recorded = json.loads((finished["SGD"][0] / "config.json").read_text())["data"]
-        data = load_data("folder", pictures_root)
+        data = load_data("folder", images_root)
         assert (recorded["train_images"], recorded["test_images"], recorded["classes"]) == (48, 18, 3)
         assert recorded["sha256"] == data.sha256
         assert len(recorded["sha256"]) == len(hashlib.sha256().hexdigest())
@@ -217,18 +217,18 @@ class TestTensorBoard:
 
     def test_an_epoch_is_on_disk_at_once(self, finished, tmp_path):
         stats = log_lines(finished["SGDG"][0])[0] | {"images_per_sec": 1.0}
-        writer = report.Board(tmp_path, 0)
+        writer = report.RunLog(tmp_path, 0)
         writer.add(stats, {})
         assert [e.step for e in board(tmp_path).Scalars("loss/test")] == [1]
         writer.close()
 
-    def test_has_configuration_pictures_and_hyperparameters_in_the_same_run(self, finished):
+    def test_has_configuration_images_and_hyperparameters_in_the_same_run(self, finished):
         save = finished["AdamG"][0]
         events = board(save)
         text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
         assert '"optim_method": "AdamG"' in text
-        (grid,) = events.Images("augmented pictures")
-        assert (grid.height, grid.width) >= (64, 64)  # at least two rows and two columns of pictures
+        (grid,) = events.Images("augmented images")
+        assert (grid.height, grid.width) >= (64, 64)  # at least two rows and two columns of images
         last = log_lines(save)[-1]
         (error,), (loss,) = events.Scalars("hparam/test_error"), events.Scalars("hparam/train_loss")
         assert (error.step, loss.step) == (2, 2)
@@ -321,7 +321,7 @@ class TestCheckpoint:
             evaluated = call("--eval", "--resume", source)
             assert (evaluated.code, evaluated.err) == (0, "")
             assert f"\nloss {loss}, top-1 error {error}%\n" in evaluated.out  # three classes have no top 5
-            assert re.findall(r"^  (class\d) +6 pictures  error +[\d.]+%$", evaluated.out, re.M) == [
+            assert re.findall(r"^  (class\d) +6 images  error +[\d.]+%$", evaluated.out, re.M) == [
                 "class0",
                 "class1",
                 "class2",
@@ -334,9 +334,9 @@ class TestCheckpoint:
         report.print_evaluation(logits, torch.tensor([7, 3, 2, 0]), tuple("abcdefgh"), "eight classes")
         out = capsys.readouterr().out
         assert "top-1 error 75.00%, top-5 error 50.00%" in out
-        assert re.search(r"^  d +1 pictures  error 100.00%$", out, re.M)
-        assert re.search(r"^  h +1 pictures  error   0.00%$", out, re.M)
-        assert re.search(r"^  e +0 pictures  no error to tell$", out, re.M)
+        assert re.search(r"^  d +1 images  error 100.00%$", out, re.M)
+        assert re.search(r"^  h +1 images  error   0.00%$", out, re.M)
+        assert re.search(r"^  e +0 images  no error to tell$", out, re.M)
         report.print_evaluation(logits[:, :5], torch.tensor([4, 3, 2, 0]), tuple("abcde"), "five classes")
         assert "top-5" not in capsys.readouterr().out  # would be 0 whatever the network does
 
@@ -551,9 +551,9 @@ def test_training_and_evaluation_are_in_the_precision_asked_for(tiny, tmp_path, 
     assert seen == {True: {getattr(torch, dtype)}, False: {getattr(torch, dtype)}}
 
 
-def test_weights_and_images_are_channels_last(tiny, tmp_path, pictures_root):
+def test_weights_and_images_are_channels_last(tiny, tmp_path, images_root):
     """As the arrays are: no step has to transpose them."""
-    data = load_data("folder", pictures_root)
+    data = load_data("folder", images_root)
     t = main.Training(main.parse_options(tiny("SGD", tmp_path / "run"))[0], data)
     x, _ = t.inputs(torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
     for tensor in (x, t.model.conv0.weight, t.model.group1.block0.conv1.weight):
@@ -572,9 +572,9 @@ def test_the_probe_measures_four_steps_of_an_epoch(tiny, tmp_path, monkeypatch):
     assert [k for k, measured in enumerate(active) if measured] == [0, 6, 12, 18]
 
 
-def test_losses_are_scaled_in_float16_alone(tiny, tmp_path, pictures_root):
+def test_losses_are_scaled_in_float16_alone(tiny, tmp_path, images_root):
     """Whose gradients would underflow."""
-    options, data = main.parse_options(tiny("SGD", tmp_path / "run"))[0], load_data("folder", pictures_root)
+    options, data = main.parse_options(tiny("SGD", tmp_path / "run"))[0], load_data("folder", images_root)
     for dtype in ("float32", "bfloat16", "float16"):
         t = main.Training(replace(options, dtype=dtype), data)
         assert t.scaler.is_enabled() == (dtype == "float16")

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is found, what is read, and that a damaged file is named; a fuzz of the reader.
+"""Folders of images: what is found, what is read, and that a damaged file is named; a fuzz of the reader.
 
 A failure of the fuzz names the seed of its file: FUZZ_SEED=<seed> pytest -m "long or not long" -k fuzz
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from helpers import call, make_pictures
+from helpers import call, make_images
 from PIL import Image
 
 from data import load_data
@@ -24,27 +24,27 @@ from utils import UserError
 RED, GREEN = (200, 10, 10), (20, 180, 30)  # RGB
 
 
-def write_picture(path, rgb=RED, size=(32, 32)):
+def write_image(path, rgb=RED, size=(32, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.full((*size, 3), rgb[::-1], np.uint8)
     cv2.imwrite(str(path), image)
 
 
-def encoded(kind: str, picture: np.ndarray, *options: int) -> bytes:
-    """The picture's file; of RGB, as everything here."""
-    ok, content = cv2.imencode(kind, picture[..., ::-1] if picture.ndim == 3 else picture, options)
+def encoded(kind: str, image: np.ndarray, *options: int) -> bytes:
+    """The image's file; of RGB, as everything here."""
+    ok, content = cv2.imencode(kind, image[..., ::-1] if image.ndim == 3 else image, options)
     assert ok
     return content.tobytes()
 
 
-def with_pillow(picture: Image.Image, kind: str, **options) -> bytes:
+def with_pillow(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
 def read_one(path: Path, content: bytes) -> np.ndarray:
-    """The only picture of the data set that `path` (DIR/test/<class>/...) makes, as (32, 32, 3) RGB."""
+    """The only image of the data set that `path` (DIR/test/<class>/...) makes, as (32, 32, 3) RGB."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     loaded = load_data("folder", path.parents[2], evaluation=True)
@@ -63,11 +63,11 @@ def reads(kind: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, two training pictures and one test picture each."""
+    """Two classes, two training images and one test image each."""
     for part, count in (("train", 2), ("test", 1)):
         for name, rgb in (("red", RED), ("green", GREEN)):
             for i in range(count):
-                write_picture(tmp_path / part / name / f"{i}.png", rgb)
+                write_image(tmp_path / part / name / f"{i}.png", rgb)
     return tmp_path
 
 
@@ -96,11 +96,11 @@ class TestFolder:
             ("c.bmp", (8, 8)),
             ("d.WebP", (20, 64)),
         ):
-            write_picture(red / name, RED, size)
+            write_image(red / name, RED, size)
         cv2.imwrite(str(red / "e.PNG"), np.full((40, 32), 99, np.uint8))
         cv2.imwrite(str(red / "f.png"), np.full((32, 32, 4), (10, 10, 200, 0), np.uint8))
-        (red / ".hidden.png").write_text("not a picture")
-        (red / "notes.txt").write_text("not a picture")
+        (red / ".hidden.png").write_text("not a image")
+        (red / "notes.txt").write_text("not a image")
         (folder / "train" / ".cache").mkdir()
         (folder / "train" / "readme.md").write_text("")
         loaded = load_data("folder", folder)
@@ -112,18 +112,18 @@ class TestFolder:
             np.testing.assert_allclose(loaded.train_images[index], np.full((32, 32, 3), RED), atol=4)
         assert (loaded.train_images[8] == 99).all()
 
-    def test_the_threads_keep_the_order_of_many_pictures(self, folder):
+    def test_the_threads_keep_the_order_of_many_images(self, folder):
         generator = np.random.default_rng(0)
         noise = generator.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
-        for i, picture in enumerate(noise):
-            cv2.imwrite(str(folder / "train" / "red" / f"noise{i:03}.png"), picture[..., ::-1])
+        for i, image in enumerate(noise):
+            cv2.imwrite(str(folder / "train" / "red" / f"noise{i:03}.png"), image[..., ::-1])
         loaded = load_data("folder", folder)
         found = loaded.train_images[
             [(image == noise[0]).all() for image in loaded.train_images].index(True) :
         ][:300]
         np.testing.assert_array_equal(found, noise)
 
-    def test_a_larger_picture_is_averaged(self, folder):
+    def test_a_larger_image_is_averaged(self, folder):
         stripes = np.zeros((128, 128, 3), np.uint8)
         stripes[:, ::4] = (
             240  # one column of each four that become one; bilinear sampling would see the middle two
@@ -133,7 +133,7 @@ class TestFolder:
 
     def test_a_constant_channel_can_be_divided_by(self, folder):
         for path in (folder / "train").rglob("*.png"):
-            write_picture(path, (5, path.parent.name == "red", 7))
+            write_image(path, (5, path.parent.name == "red", 7))
         assert load_data("folder", folder).std == (1.0, 0.5, 1.0)
 
     @pytest.mark.parametrize("what", ["fifo", "socket", "device", "missing"])
@@ -165,12 +165,12 @@ class TestFolder:
     def test_an_empty_class_is_named(self, folder, part):
         for path in (folder / part / "red").iterdir():
             path.unlink()
-        with pytest.raises(UserError, match=f"{folder / part / 'red'} has no picture"):
+        with pytest.raises(UserError, match=f"{folder / part / 'red'} has no image"):
             load_data("folder", folder)
 
     @pytest.mark.parametrize("part", ["train", "test"])
     def test_classes_that_differ_are_named(self, folder, part):
-        write_picture(folder / part / "blue" / "0.png")
+        write_image(folder / part / "blue" / "0.png")
         with pytest.raises(UserError, match="differ in: blue"):
             load_data("folder", folder)
 
@@ -181,13 +181,13 @@ class TestFolder:
         for number, name in enumerate(
             ("a/1.png", "a-b/1.png", "a/c/0.png", "a/c/Z.png", "z.png", "A 1/y.png")
         ):
-            write_picture(red / name, (number, 0, 99))
+            write_image(red / name, (number, 0, 99))
         for place in (red / "a" / "c" / "round", red / "b" / "round"):
             place.parent.mkdir(exist_ok=True)
             place.symlink_to(red)
-        write_picture(red / ".hidden" / "0.png")
+        write_image(red / ".hidden" / "0.png")
         (folder / "other").mkdir()
-        write_picture(folder / "other" / "0.png", (77, 0, 99))
+        write_image(folder / "other" / "0.png", (77, 0, 99))
         (red / "linked").symlink_to(folder / "other")
         loaded = load_data("folder", folder)
         shutil.rmtree(red / ".hidden")  # torchvision would read it, and go round
@@ -202,16 +202,16 @@ class TestFolder:
         load_data("folder", folder)
         assert (
             capsys.readouterr().out
-            == "pictures: 4 to train and 2 to test, in 2 classes: green 2+1, red 2+1\n"
+            == "images: 4 to train and 2 to test, in 2 classes: green 2+1, red 2+1\n"
         )
         for name in ("0.png", "train/0.png", "train/red/a/notes.txt", "test/red/0.psd", "test/.DS_Store"):
-            write_picture(folder / "new.png")
+            write_image(folder / "new.png")
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / "new.png").rename(folder / name)
-        write_picture(folder / "train/red/a/more.TIF")
+        write_image(folder / "train/red/a/more.TIF")
         load_data("folder", folder)
         found, note = capsys.readouterr().out.splitlines()
-        assert found == "pictures: 5 to train and 2 to test, in 2 classes: green 2+1, red 3+1"
+        assert found == "images: 5 to train and 2 to test, in 2 classes: green 2+1, red 3+1"
         assert note.startswith(f"note: files passed over: 4, such as {folder}/0.png; read are .avif, .bmp, ")
 
     def test_for_evaluation_the_test_part_is_enough(self, folder, capsys):
@@ -220,7 +220,7 @@ class TestFolder:
         shutil.rmtree(folder / "train")
         capsys.readouterr()
         part = load_data("folder", folder, evaluation=True)
-        assert capsys.readouterr().out == "pictures: 2 to test, in 2 classes: green 1, red 1\n"
+        assert capsys.readouterr().out == "images: 2 to test, in 2 classes: green 1, red 1\n"
         assert np.array_equal(part.test_images, whole.test_images)
         assert part.test_labels.tolist() == [0, 1]
         assert part.train_images.shape == (0, 32, 32, 3)
@@ -229,7 +229,7 @@ class TestFolder:
         with pytest.raises(UserError, match="train"):
             load_data("folder", folder)
 
-    def test_old_checkpoints_find_their_pictures(self, tmp_path):
+    def test_old_checkpoints_find_their_images(self, tmp_path):
         """What older versions could read stays as it was, in order and pixels: a checkpoint knows both."""
         grey = noise(32, 32)
         files = {
@@ -250,7 +250,7 @@ class TestFolder:
         assert load_data("folder", tmp_path).sha256 == digest
 
 
-OTHERS = [Image.new("RGB", (32, 32))]  # further pictures of the same file
+OTHERS = [Image.new("RGB", (32, 32))]  # further images of the same file
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_is_read_as_it_was_written(name, content, tmp_path, capfd):
 
 
 @reads(".gif")
-def test_of_a_gif_the_first_picture_is_read(tmp_path):
+def test_of_a_gif_the_first_image_is_read(tmp_path):
     first, second = (Image.new("RGB", (32, 32), colour).quantize() for colour in (RED, GREEN))
     content = with_pillow(first, "gif", save_all=True, append_images=[second])
     assert (read_one(tmp_path / "test" / "a" / "a.gif", content) == RED).all()
@@ -352,7 +352,7 @@ JPEG_IN_TIFF = with_pillow(Image.fromarray(noise(128, 128, 3)), "tiff", compress
 BMP = encoded(".bmp", noise())
 DAMAGED = {
     "empty.png": b"",
-    "text.jpg": b"not a picture",
+    "text.jpg": b"not a image",
     "cut.png": encoded(".png", noise())[:1000],
     "crc.png": flipped(encoded(".png", noise()), 500),
     "huge.png": png(2**31 - 1, 2**31 - 1),
@@ -376,7 +376,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_picture_is_named_once(name, folder, capfd):
+def test_a_damaged_image_is_named_once(name, folder, capfd):
     path = folder / "test" / "green" / name
     path.write_bytes(DAMAGED[name])
     with pytest.raises(UserError) as caught:
@@ -402,18 +402,18 @@ def test_what_harms_no_pixel_is_read_without_a_word(name, content, folder, capfd
 
 def test_any_name_will_do(tmp_path):
     """Names of bytes that are no UTF-8, of lines and of markup: training, evaluation, and what they print."""
-    pictures, names = make_pictures(tmp_path / "pictures"), [b"a\nb|<b>", b"\xff\"'`*", b"\x1b[31m"]
+    images, names = make_images(tmp_path / "images"), [b"a\nb|<b>", b"\xff\"'`*", b"\x1b[31m"]
     for part in ("train", "test"):
         for number, name in enumerate(names):
-            place = os.fsencode(pictures / part)
+            place = os.fsencode(images / part)
             os.rename(place + b"/class%d" % number, os.path.join(place, name))
             os.rename(os.path.join(place, name, b"00.png"), os.path.join(place, name, b"\xfe\n.png"))
-    loaded = load_data("folder", pictures, "x\ny\udcff")
+    loaded = load_data("folder", images, "x\ny\udcff")
     for name in (loaded.name, *loaded.classes):
         assert name.isprintable()
         assert name.encode()
     assert loaded.classes == ("\\x1b[31m", "a\\nb|<b>", "\\udcff\"'`*")
-    data = ["--dataset", "folder", "--dataroot", pictures, "--batchSize", 16, "--depth", 10, "--width", 1]
+    data = ["--dataset", "folder", "--dataroot", images, "--batchSize", 16, "--depth", 10, "--width", 1]
     assert call(*data, "--epochs", 1, "--epoch_step", "[]", "--save", tmp_path / "run").code == 0
     outcome = call("--eval", "--resume", tmp_path / "run")
     assert (outcome.code, outcome.err) == (0, "")
@@ -426,7 +426,7 @@ def test_any_name_will_do(tmp_path):
 
 
 def smooth() -> np.ndarray:
-    """(48, 40, 3): a picture that a lossy format stores in a few blocks with many coefficients."""
+    """(48, 40, 3): a image that a lossy format stores in a few blocks with many coefficients."""
     return cv2.resize(noise(9, 9, 3), (40, 48), interpolation=cv2.INTER_CUBIC)
 
 
@@ -468,7 +468,7 @@ def damaged(content: bytes, random: np.random.Generator) -> bytes:
 def test_fuzz(count, tmp_path, capfd):
     """Whatever a file holds: it is read, or one sentence names it, and the C libraries are not heard.
 
-    A file that is cut off is never another picture; nor is a PNG, which has checksums.
+    A file that is cut off is never another image; nor is a PNG, which has checksums.
     """
     given = os.environ.get("FUZZ_SEED")
     first = secrets.randbits(32) if count > 10_000 else 0
