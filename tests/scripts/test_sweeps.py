@@ -351,10 +351,10 @@ def test_a_second_signal_ends_the_runs_at_once(tree, start):
     assert not list(tree.rglob("asked"))
 
 
-def test_the_real_thing_leaves_what_a_sweep_looks_for(tree, pictures_root, monkeypatch):
+def test_the_real_thing_leaves_what_a_sweep_looks_for(tree, images_root, monkeypatch):
     """A copy that does not keep times makes a checkpoint look older than its log: main.py then judges it."""
     cell = {"MODELS": "wrn-10-1", "DATASETS": "folder", "METHODS": "SGDG", "SEEDS": "0", "EPOCHS": 1}
-    words = ["--", "--dataroot", pictures_root, "--batch_size", "16"]
+    words = ["--", "--dataroot", images_root, "--batch_size", "16"]
     (line,), _ = printed(tree, "table1", *words, **cell)
     monkeypatch.chdir(tree)
     save = tree / "logs/table1/folder/wrn-10-1/SGDG/seed0"
