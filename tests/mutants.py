@@ -412,7 +412,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if signals and number == signal.SIGHUP:", "if False:", "sweeps asks_each_run_once"),
         ("if signal.getsignal(number) != signal.SIG_IGN:", "if True:", "sweeps asks_each_run_once"),
         ("                if signals:\n", "                if False:\n", "sweeps asks_each_run_once"),
-        ("with suppress(OSError):\n        os.write", "if True:\n        os.write", "sweeps asks_each_run_once"),
         ('output.read_text(errors="replace")', "output.read_text()", "sweeps failure"),
         ("|epoch_step", "", "sweeps mistake"),
         ("|resume)", ")", "sweeps mistake"),
