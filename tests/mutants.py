@@ -10,6 +10,7 @@ the exit code is 1 if one survives. An import that fails is no catch: only a tes
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 300  # seconds for a test; one that takes longer has noticed nothing: no fault of the table hangs
+LIMIT = 300  # seconds for a fault; tests that take longer have noticed nothing: no fault of the table hangs
+TOO_SLOW = 99
 LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
 # What takes seconds to import: here once, and every run of pytest is a fork of this process.
 SLOW_IMPORTS = (
@@ -38,9 +40,11 @@ FILES = {  # of tests, by the word that begins a selection; an expression as of 
     "authors": "tests/training/test_authors_runs.py", "damage": "tests/training/test_damage.py", "resnet": "tests/training/test_resnet.py",
     "vgg": "tests/training/test_vgg.py", "ranks": "tests/training/test_distributed.py",
     "benchmarks": "tests/scripts/test_benchmarks.py", "dry": "tests/training/test_cuda_dry_run.py", "tables": "tests/scripts/test_summarize.py",
-    "sweeps": "tests/scripts/test_sweeps.py", "peers": "tests/scripts/test_peers.py",
+    "sweeps": "tests/scripts/test_sweeps.py", "setup": "tests/scripts/test_setup.py",
+    "subset": "tests/scripts/test_subset.py", "networks": "tests/scripts/test_networks.py", "package": "tests/optimizer/test_package.py",
+    "peers": "tests/scripts/test_peers.py",
 }  # fmt: skip
-VERDICTS = {0: "SURVIVED", 1: "caught"}  # by pytest's exit code
+VERDICTS = {0: "SURVIVED", 1: "caught", TOO_SLOW: "too slow"}  # by pytest's exit code
 WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
 
 # fmt: off
@@ -431,14 +435,60 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     ],
     "scripts/sweep.py": [
         ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),
-        ('re.sub("(^|,)-.*", "", named)', "named", "sweeps gpus_by_turns"),
+        ("return logged == epochs and not older", "return logged == epochs", "sweeps finished_is"),
+        ("if flags or d not in done", "if d not in done", "sweeps judges_finished"),
+        ("if flags or d not in done", "", "sweeps finished_runs"),
+        ('r"\\d+$|(GPU|MIG)-"', '""', "sweeps cuda_sees"),
         ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
         ("// jobs))", "))", "sweeps gpus_by_turns"),
-        ("start_new_session=True", "start_new_session=False", "sweeps asks_each_run_once"),
-        ("signal.SIGKILL if answered else signal.SIGTERM", "signal.SIGKILL", "sweeps asks_each_run_once"),
-        ("if answered == 0 or number != signal.SIGHUP:", "if True:", "sweeps lost_terminal"),
-        ("and queue and not signals:", "and queue:", "sweeps asks_each_run_once"),
-        ("failures, signals = run_all(cells, last, not flags, slots)", "failures, signals = run_all(cells, last, True, slots)", "sweeps judges_finished"),
+        ('"start_new_session": True', '"start_new_session": False', "sweeps asks_each_run_once"),
+        ("signal.SIGTERM if len(signals) == 1 else signal.SIGKILL", "signal.SIGKILL", "sweeps asks_each_run_once"),
+        ("if signals and number == signal.SIGHUP:", "if False:", "sweeps asks_each_run_once"),
+        ("if signal.getsignal(number) != signal.SIG_IGN:", "if True:", "sweeps asks_each_run_once"),
+        ("                if signals:\n", "                if False:\n", "sweeps asks_each_run_once"),
+        ('output.read_text(errors="replace")', "output.read_text()", "sweeps failure"),
+        ("|epoch_step", "", "sweeps mistake"),
+        ("|resume)", ")", "sweeps mistake"),
+        ("+ 0.5)", ")", "sweeps drops"),
+        ("product(seeds, datasets, models, methods)", "sorted(product(seeds, datasets, models, methods), key=lambda c: c[1:])", "sweeps seed_by_seed"),
+        ("''.join(given)", "''", "sweeps goes_on_later"),
+        ("128 + signals[0] if signals else ", "", "sweeps goes_on_later"),
+    ],
+    "pyproject.toml": [
+        ('torch>=2.11', 'torch>=2.12', "package metadata"),
+        ('"grassmann_optimizer.__version__"', '"options.VERSION"', "package metadata"),
+        ('py-modules = ["grassmann_optimizer"]', 'py-modules = ["grassmann_optimizer", "main"]', "package module"),
+    ],
+    "MANIFEST.in": [("prune tests", "", "package module")],
+    "tests/conftest.py": [('("pytest", "torch"', '("torch"', "setup one_sentence")],
+    "scripts/setup.sh": [
+        ("if [ -L .venv ] || ", "if ", "setup left_alone"),
+        ("[ -e .venv ] && [ ! -e $mark ]", "false", "setup left_alone"),
+        ("    touch $mark\n", "", "setup made_anew"),
+        ("python3.{14..11}", "", "setup made_anew"),
+        ("options=(--system-site-packages)", "options=()", "setup built_on"),
+        ("sys.prefix != sys.base_prefix or not", "not", "setup built_on"),
+        ("--no-index ", "", "setup tried_again"),
+        ("if [ -n \"${PYTHON:-}\" ]", "if false", "setup goes_before"),
+        ("${VIRTUAL_ENV:-$CONDA_PREFIX}", "${CONDA_PREFIX:-$VIRTUAL_ENV}", "setup goes_before"),
+        ("pip=(uv pip", "pip=(uvx pip", "setup takes_uv"),
+        ("command -v uv >/dev/null || return", "true", "setup takes_uv"),
+    ],
+    "scripts/quickstart.sh": [
+        ("    printf '\\n== %s ==\\n'", "    rm -rf $out/\"$method\"; printf '\\n== %s ==\\n'", "setup goes_on"),
+        (' --resume auto "$@"', ' "$@"', "setup goes_on"),
+        ('train SGDG --lr 0.1 --lrg 0.5 "$@"', "train SGDG --lr 0.1 --lrg 0.5", "setup goes_on"),
+        ('train SGDG --lr 0.1 --lrg 0.5 "$@"', 'train SGDG --lr -0.1 --lrg 0.5 "$@"', "setup draws_them"),
+        ("export OMP_NUM_THREADS=1", "", "setup goes_on"),
+        ('"$(dirname "$(realpath "$0")")/.."', '"$(dirname "$0")/.."', "setup help"),
+    ],
+    "scripts/test.sh": [('"$(dirname "$(realpath "$0")")/.."', '"$(dirname "$0")/.."', "setup help")],
+    "scripts/threads.py": [("1.5 * seconds(1) <", "1.5 * seconds(1) >", "setup one_thread"), ("threads > 1 and ", "", "setup one_thread")],
+    "scripts/subset.py": [
+        ("sorted(path for path in c.iterdir()", "list(path for path in reversed(sorted(c.iterdir()))", "subset first_images"),
+        ("count < 1 or ", "", "subset mistake"),
+        ("any(len(images) < count for images in chosen)", "False", "subset mistake"),
+        ("args.target.mkdir(parents=True)", "args.target.mkdir(parents=True, exist_ok=True)", "subset left_alone"),
     ],
 }
 # fmt: on
@@ -483,6 +533,11 @@ def copy_files(tree: Path) -> None:
         (tree / name).symlink_to(ROOT / name)
 
 
+def too_slow(*_args) -> None:
+    """Ends the tests of a fault, at SIGALRM."""
+    import_module("pytest").exit("too slow", returncode=TOO_SLOW)
+
+
 def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
     """pytest's exit code for a copy with the fault, its seconds, and what it printed. In a process of its own."""
     started = time.monotonic()
@@ -497,7 +552,9 @@ def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
             for stream in (1, 2):
                 os.dup2(output.fileno(), stream)
             os.chdir(folder)
-            words = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={LIMIT}", "-m", "not long"]
+            signal.signal(signal.SIGALRM, too_slow)
+            signal.alarm(LIMIT)
+            words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not long"]
             code = int(import_module("pytest").main([*words, *files, "-k", expression]))
             sys.stdout.flush()
             output.seek(0)
@@ -507,7 +564,7 @@ def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
 
 def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
     """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
-    verdict = "too slow" if "Timeout (>" in text else VERDICTS.get(code, f"pytest: {code}")
+    verdict = VERDICTS.get(code, f"pytest: {code}")
     verdict = "error" if code == 1 and "\nFAILED " not in text else verdict  # of a fixture
     print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
     if code > 1:

@@ -492,7 +492,6 @@ def test_a_second_run_in_the_same_directory_is_refused_once(tiny, ranks, tmp_pat
     assert_one_voice(outcomes, 1, f"is being written by process {os.getpid()}")
 
 
-@pytest.mark.timeout(120)  # it takes a second; a connection that times out, half an hour
 def test_a_process_that_dies_ends_the_others(tiny, ranks, tmp_path, monkeypatch):
     """Those that are left say so once, and the last checkpoint is whole."""
     step = main.Training.step

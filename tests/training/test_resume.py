@@ -450,7 +450,6 @@ class TestSigkill:
         assert len(self.killed_runs(tiny, tmp_path, "SGDG", 2, seed=1)) == 2
 
     @pytest.mark.long
-    @pytest.mark.timeout(1800)
     @pytest.mark.parametrize("method", METHODS)
     def test_twenty_kills_at_random_moments(self, tiny, tmp_path, method):
         hits = self.killed_runs(tiny, tmp_path, method, 20, seed=2)
