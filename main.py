@@ -429,7 +429,8 @@ def print_summary(options: Options, checkpoint: dict | None) -> None:
     if checkpoint:
         load_weights(model, checkpoint)
         report.print_weights(model, optimizer)
-    report.print_multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
+    count = report.multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
+    print(f"multiply-adds of one picture: {count:,}")
 
 
 def check_network(options: Options) -> None:
