@@ -36,6 +36,7 @@ NOT_HERE = {
     "checkpoint.pt",
     "checkpoint.previous.pt",
     "output.txt",
+    "logs/gpu.json",
     "logs/quickstart/curves.png",
     "commands.txt",
     "docs/table1.md",

@@ -74,7 +74,7 @@ def test_a_part_that_fails_stops_no_other_and_is_done_again(environment, tmp_pat
 
 @pytest.mark.long
 def test_all_parts_run_on_the_cpu(environment, tmp_path):
-    small = {"NETWORK": "--depth 10 --width 1 --batchSize 16", "SETTING": "", "ROUNDS": "1"}
+    small = {"NETWORK": "--depth 10 --width 1", "SETTING": "--batchSize 16", "ROUNDS": "1"}
     code, out, _ = gpu(environment | {"VIRTUAL_ENV": sys.prefix} | small)
     assert (code, out.count("finished")) == (0, len(PARTS)), out
     assert json.loads((tmp_path / "out.json").read_text())["figures"]["train_SGDG"]["gain"]
