@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 from utils import environment
 
-SETTINGS = [*(("SGD", lr, None) for lr in (0.03, 0.1, 0.3, 1.0)),
+SETTINGS = [*(("SGD", lr, None) for lr in (0.1, 0.3, 1.0)),
             *(("SGD-G", *rates) for rates in ((0.01, 0.2), (0.1, 0.2), (0.1, 0.4), (0.3, 0.4))),
             *(("Adam-G", *rates) for rates in ((0.01, 0.05), (0.1, 0.1), (0.3, 0.1)))]  # fmt: skip
 

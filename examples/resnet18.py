@@ -8,37 +8,35 @@ All that a model of your own needs for SGD-G is the line that makes the optimize
 import argparse
 import sys
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
-from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed once the package is installed
-
 from grassmann_optimizer import SGDG, grassmann_param_groups
 
 
-def make_model() -> nn.Module:
+def make_model() -> torch.nn.Module:
     """ResNet-18 for images (B, 1, 8, 8): its first convolution keeps their size, without pooling."""
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
-    model.conv1, model.maxpool = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity()
+    model.conv1, model.maxpool = torch.nn.Conv2d(1, 64, 3, padding=1, bias=False), torch.nn.Identity()
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
     """The losses of steps with batches of 64 images, at rates that fall to 0 along a cosine."""
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = images.float().view(-1, 1, 8, 8) / 16
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = []
-    for _ in range(steps):
+    losses: list[float] = []
+    while len(losses) < steps:
         batch = torch.randint(len(images), (64,))
-        loss = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -46,7 +44,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return losses
 
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--plot", default="resnet18.png")
 args = parser.parse_args()
@@ -55,7 +53,7 @@ sgd = train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nes
 model = make_model()
 sgdg = train(model, SGDG(grassmann_param_groups(model, lr=0.1, lrg=0.4)), args.steps)
 for name, losses in (("SGD", sgd), ("SGD-G", sgdg)):
-    print(f"{name}: the mean loss of the last steps is {sum(losses[-10:]) / len(losses[-10:]):.4f}")
+    print(f"{name}: last losses {mean(losses[-10:]):.4f} on average")
     plt.semilogy(losses, label=name)
 plt.gca().set(xlabel="step", ylabel="training loss")
 plt.legend()

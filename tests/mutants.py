@@ -242,8 +242,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("t.restore(state)", "pass", "benchmarks another_length"),
         ("factor * (logits - bias) + bias", "factor * logits", "benchmarks another_length"),
         ('figures[0]["length"]', 'figures[-1]["length"]', "benchmarks another_length"),
-        ('"--summary", *', '"--eval", *', "benchmarks cannot_measure"),
-        ("except utils.UserError", "except KeyError", "benchmarks cannot_measure"),
+        ('"--summary", *', '"--eval", *', "benchmarks other_images"),
+        ("except utils.UserError", "except KeyError", "benchmarks other_images"),
     ],
     "benchmarks/rates.py": [
         ("losses[-20:]", "losses", "benchmarks last_losses"),
