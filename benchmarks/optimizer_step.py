@@ -23,6 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+try:
+    import adamp
+    import geoopt
+except ImportError:
+    adamp = geoopt = None
+
 import grassmann_optimizer as go
 from resnet import WideResNet
 from utils import environment
@@ -62,7 +68,10 @@ class PlainOptimizer(torch.optim.Optimizer):
 def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
     """Name -> one step. Parameters have gradients already; rows on G(1,n) become unit rows."""
     params = list(model.parameters())
-    matrices = [as_matrix(p) for p in go.grassmann_weights(model).values()]
+    matrices = []
+    for p in go.grassmann_weights(model).values():
+        matrices.append(nn.Parameter(go.unit(p.detach().flatten(1))[0]))
+        matrices[-1].grad = p.grad.flatten(1)
     momentum = {"lr": 1e-4, "momentum": 0.9}
     options = {**momentum, "weight_decay": 5e-4, "nesterov": True}
     variants = {
@@ -77,14 +86,13 @@ def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
     variants[PRODUCTS] = lambda: [(y @ y.T) @ y for y in map(Tensor.detach, matrices)]
     variants[COPY] = copies(params)
     variants["Muon, the matrices on G(1,n)"] = torch.optim.Muon(matrices, lr=1e-4).step
-    return variants | installed_elsewhere(matrices)
-
-
-def as_matrix(p: Tensor) -> nn.Parameter:
-    """A channels_last weight's rows as a parameter (rows, n) that shares its memory, and its gradient's."""
-    matrix = nn.Parameter(p.detach().permute(0, 2, 3, 1).view(p.shape[0], -1))
-    matrix.grad = p.grad.permute(0, 2, 3, 1).view(p.shape[0], -1)
-    return matrix
+    if geoopt and adamp:
+        spheres = [geoopt.ManifoldParameter(m.data, manifold=geoopt.SphereExact()) for m in matrices]
+        for sphere, matrix in zip(spheres, matrices, strict=True):
+            sphere.grad = matrix.grad
+        variants["geoopt RiemannianSGD, the same"] = geoopt.optim.RiemannianSGD(spheres, 1e-4, 0.9).step
+        variants["adamp SGDP, the same"] = adamp.SGDP(matrices, **momentum, nesterov=True).step
+    return variants
 
 
 def copies(params: list[Tensor]) -> Callable[[], Tensor]:
@@ -94,32 +102,19 @@ def copies(params: list[Tensor]) -> Callable[[], Tensor]:
     return lambda: target.copy_(source)
 
 
-def installed_elsewhere(matrices: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
-    """Steps of other packages' optimizers."""
-    try:
-        import adamp
-        import geoopt
-    except ImportError as error:
-        print(f"{error}: geoopt and adamp are left out")
-        return {}
-    spheres = [geoopt.ManifoldParameter(m.data, manifold=geoopt.SphereExact()) for m in matrices]
-    for sphere, matrix in zip(spheres, matrices, strict=True):
-        sphere.grad = matrix.grad
-    return {
-        "geoopt RiemannianSGD, the same": geoopt.optim.RiemannianSGD(spheres, lr=1e-4, momentum=0.9).step,
-        "adamp SGDP, the same": adamp.SGDP(matrices, lr=1e-4, momentum=0.9, nesterov=True).step,
-    }
-
-
 def seconds(step: Callable[[], object], cuda: bool) -> float:
     """Of one step, the device's work included."""
-    if cuda:
-        torch.cuda.synchronize()
+    wait(cuda)
     start = time.perf_counter()
     step()
+    wait(cuda)
+    return time.perf_counter() - start
+
+
+def wait(cuda: bool) -> None:
+    """For the device to finish its work."""
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_memory(step: Callable[[], object], cuda: bool) -> int:

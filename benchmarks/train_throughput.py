@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from optimizer_step import PlainOptimizer, seconds
+from optimizer_step import PlainOptimizer, seconds, wait
 from torch import Tensor
 
 import utils
@@ -90,7 +90,7 @@ class Turns:
         waits = []
         with closing(self._iterate()) as batches:
             self._step(*next(batches))
-            self._synchronize()
+            wait(self.cuda)
             for moments in self.moments.values():
                 moments.clear()
             started = asked = time.perf_counter()
@@ -98,7 +98,7 @@ class Turns:
                 waits.append(time.perf_counter() - asked)
                 self._step(images, labels)
                 asked = time.perf_counter()
-            self._synchronize()
+            wait(self.cuda)
             step = (time.perf_counter() - started) / len(waits)
         rate, product = self.t.options.batch_size / step, product_flops(self.t)
         turn = {
@@ -131,10 +131,6 @@ class Turns:
         """Mean seconds of the finished steps."""
         pairs = zip(self.moments[a], self.moments[b], strict=True)
         return mean(m.elapsed_time(n) / 1e3 if self.cuda else n - m for m, n in pairs)
-
-    def _synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
 
 
 def product_flops(t: Training) -> float:
