@@ -103,7 +103,7 @@ class TestTrainThroughput:
         assert ours == pytest.approx(plain, rel=1e-5)
 
     def test_the_figures_of_a_turn(self, monkeypatch, figures):
-        """A step waits 1 s for its images, computes for 2 and updates for 5; the network is made in 3."""
+        """A step waits 1 s for its images, computes for 2 (an epoch's first: 20), updates for 5."""
         clock = Clock()
 
         class Training(train_throughput.Training):
@@ -113,13 +113,14 @@ class TestTrainThroughput:
                 self.optimizer.register_step_post_hook(lambda *_: clock.passes(5))
 
             def step(self, x, labels):
-                clock.passes(2)
+                clock.passes(clock.computing)
                 return super().step(x, labels)
 
         class Batches(train_throughput.TrainBatches):
             def iterate(self, *arguments, **options):
-                for batch in super().iterate(*arguments, **options):
+                for k, batch in enumerate(super().iterate(*arguments, **options)):
                     clock.passes(1)
+                    clock.computing = 2 if k else 20
                     yield batch
 
         faked = {"time": clock, "Training": Training, "PlainTraining": Training, "TrainBatches": Batches}
@@ -130,7 +131,7 @@ class TestTrainThroughput:
         expected |= {"input_wait_s": 1, "share_of_product": 6 * result["multiply_adds"] * 4 / 8 / 1e9}
         for key, value in expected.items():
             assert result["ours"][key] == pytest.approx([value] * 2), key
-        assert result["ours"]["first_step_s"] == [3 + 1 + 2 + 5]
+        assert result["ours"]["first_step_s"] == [3 + 1 + 20 + 5]  # 3 to make the network
 
     def test_the_rate_of_a_product(self, monkeypatch):
         monkeypatch.setitem(train_throughput.PRODUCT, "cpu", (64, 3))
