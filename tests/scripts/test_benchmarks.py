@@ -227,6 +227,10 @@ class TestRates:
         assert table[0] == "| method | `lr`, `lrg` | linear layers, 1,000 steps |"
         assert table[-1] == "| SGD-G | 0.1, 0.4 | 0.10, 2.0% |"
 
+    def test_the_page_has_the_table_of_the_published_figures(self):
+        runs = json.loads((ROOT / "logs/published/rates.json").read_text())["runs"]
+        assert rates.table(runs) in (ROOT / "docs/method.md").read_text()
+
 
 def test_the_example_draws_both_curves(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["resnet18.py", "--steps", "2", "--plot", str(tmp_path / "curves.png")])
