@@ -253,7 +253,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     ],
     "benchmarks/gpu.sh": [
         (" || [ $# -gt 1 ]", "", "gpu number_of_minutes"),
-        ("sys.exit(not torch", "sys.exit(torch", "gpu without_a_gpu"),
+        ('    fail "gpu.sh: error: torch', '    : "gpu.sh: error: torch', "gpu without_a_gpu"),
         ("CDPATH='' cd", "cd", "gpu stops_no_other"),
         (" failed=1\n", "\n", "gpu stops_no_other"),
         ('touch "$out/$name.done"', ":", "gpu stops_no_other"),

@@ -58,6 +58,7 @@ def test_a_part_that_fails_stops_no_other_and_is_done_again(environment, tmp_pat
         assert [row[0] for row in rows] == PARTS
         return {row[0]: row[3] for row in rows}
 
+    (tmp_path / "benchmarks").mkdir()  # which CDPATH would find
     code, out, err = gpu(environment | {"CDPATH": str(tmp_path)}, "5")
     assert (code, err) == (1, "")
     assert [name for name, state in states(out).items() if state != "finished"] == ["optimizer_step"]
