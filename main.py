@@ -320,7 +320,8 @@ def print_summary(options: Options, state: dict | None) -> None:
     if state:
         model.load_state_dict(state["model"])
         report.print_weights(model, optimizer)
-    report.print_multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
+    count = report.multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
+    print(f"multiply-adds of one picture: {count:,}")
 
 
 def run(argv: list[str] | None) -> int:

@@ -2,10 +2,10 @@
 
     python benchmarks/last_layer.py RUN [RUN ...] [--dataroot DIR] [--json FILE]
 
-A network that classifies every training picture lowers its loss by longer logits alone. So the training loss
+A network that classifies every training image lowers its loss by longer logits alone. So the training loss
 of each RUN, a directory with a checkpoint, is computed as it is, and with the last layer's weights (not its
 bias) brought to the length (Frobenius norm) that they have in the first RUN. As in training, that is on the
-augmented pictures of EPOCHS more epochs and with each batch's own statistics; but no weight moves.
+augmented images of EPOCHS more epochs and with each batch's own statistics; but no weight moves.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from checkpoint import restore
 from data import TrainBatches, hold_out, load_data
 from main import Training
 from options import parse_options
@@ -28,23 +29,19 @@ EPOCHS = 3
 
 
 def trained(run: str, dataroot: str | None) -> Training:
-    """A run as its checkpoint holds it; UserError where there is none or its pictures are not found."""
-    # Not --eval, which takes other pictures too.
+    """A run as its checkpoint holds it; UserError where there is none or its images are not found."""
+    # Not --eval, which takes other images too.
     words = ["--resume", run, "--summary", *(["--dataroot", dataroot] if dataroot else [])]
-    options, checkpoint = parse_options(words)
-    if "options" not in checkpoint:
-        raise utils.UserError(f"{run} holds weights alone, not what they were trained on")
-    if "other_ranks" in checkpoint:
-        raise utils.UserError(f"{run} was trained by several processes, which normalize slices of a batch")
+    options, state = parse_options(words)
     data = load_data(options.dataset, options.dataroot, options.dataset_name)
     t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
-    t.restore(checkpoint)
+    restore(t, state)
     return t
 
 
 @torch.no_grad()
 def training_logits(t: Training) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,) of the next epochs' N pictures."""
+    """Logits (N, classes) and labels (N,) of the next epochs' N images."""
     batches = TrainBatches(t.data.train_images, t.data.train_labels, t.options.randomcrop_pad)
     found = []
     t.model.train()
@@ -63,10 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print one line per run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory with a checkpoint")
-    parser.add_argument("--dataroot", help="if the pictures are no longer where the runs found them")
+    parser.add_argument("--dataroot", help="if the images are no longer where the runs found them")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
     figures: list[dict] = []
+    print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
     for run in args.runs:
         try:
             t = trained(run, args.dataroot)
@@ -75,13 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         logits, labels = training_logits(t)
         length, bias = t.model.fc.weight.norm().item(), t.model.fc.bias.detach()
         factor = figures[0]["length"] / length if figures else 1
-        brought = factor * (logits - bias) + bias
-        losses = [cross_entropy(z, labels).item() for z in (logits, brought)]
-        measured = {"length": length, "loss": losses[0], "loss_at_first_length": losses[1]}
-        figures.append({"run": run, "pictures": len(labels), **measured})
-    print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
-    for run, _, *numbers in map(dict.values, figures):
-        print("{:7.2f} {:#9.3g} {:#20.3g}".format(*numbers), f" {run}")
+        losses = [cross_entropy(z, labels).item() for z in (logits, factor * (logits - bias) + bias)]
+        names = ("run", "images", "length", "loss", "loss_at_first_length")
+        figures.append(dict(zip(names, (run, len(labels), length, *losses), strict=True)))
+        print(f"{length:7.2f} {losses[0]:#9.3g} {losses[1]:#20.3g}  {run}")
     if args.json:
         result = {"environment": utils.environment(t.device), "runs": figures}
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -30,7 +30,7 @@ OF_OTHERS = "--logdir --nnodes --nproc_per_node --max-restarts --rdzv-backend --
 OF_OTHERS += " --signals-to-handle --ntasks-per-node --requeue --signal"
 # Written by runs, or of the authors' code: not kept in the repository.
 NOT_HERE = {"config.json", "log.txt", "checkpoint.pt", "checkpoint.previous.pt", "output.txt", "commands.txt"}
-NOT_HERE |= {"docs/table1.md", "table1.csv", "train.py"}
+NOT_HERE |= {"docs/table1.md", "table1.csv", "train.py", "logs/gpu.json"}
 NAMES = {"SGD": "SGD", "SGD-G": "SGDG", "Adam-G": "AdamG"}
 ENDS = (60, 120, 160, 200)  # of the phases of a whole schedule, in epochs
 PUBLISHED = ROOT / "logs/published"

@@ -1,187 +1,161 @@
-"""Every benchmark runs, on a small setting, and prints and writes figures that can be true."""
+"""The benchmarks' arithmetic, with clocks and figures that the tests give, and one small run of each."""
 
-import gzip
 import json
-import math
-import os
-import re
 import runpy
 import shutil
-import statistics
 import sys
+from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import METHODS, ROOT, call
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import last_layer
+import optimizer_step
+import rates
+import train_throughput
+
+SMALL = ("--depth", 10, "--width", 1, "--device", "cpu")
 
 
 @pytest.fixture
-def benchmark(tmp_path, monkeypatch, capsys):
-    """benchmark(name, *words): what the program printed, and its JSON."""
-    cores = os.sched_getaffinity(0)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def figures(tmp_path, capsys):
+    """figures(program, *words): what its main prints, and its JSON."""
 
-    def run(name, *words):
-        file = tmp_path / "figures.json"
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words), "--json", str(file)])
-        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
-        return capsys.readouterr().out, json.loads(file.read_text())
+    def run(program, *words):
+        program.main([*map(str, words), "--json", str(tmp_path / "figures.json")])
+        return capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
 
-    yield run  # one of them holds its process to a single core
-    os.sched_setaffinity(0, cores)
+    return run
 
 
-def is_positive(*figures):
-    return all(math.isfinite(figure) and figure > 0 for figure in figures)
+class Clock:
+    """A clock that goes on when it is told to, to be put in place of `time`."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
 
 
-def test_data_pipeline(benchmark, pictures_root):
-    words = ["--images", 300, "--rounds", 2, "--folder", pictures_root]
-    out, result = benchmark("data_pipeline", *words)
-    batches, folder = result["batches"], result["folder"]
-    assert (batches["n"], batches["images"], folder["pictures"]) == (2, 300, 66)
-    assert is_positive(batches["ratio"], batches["seconds_to_pad"], folder["seconds"])
-    for name in ("ours", "baseline"):
-        low, median, high = (batches[name][key] for key in ("min", "median", "max"))
-        assert is_positive(low)
-        assert low <= median <= high
-        assert f"{median:,.0f}" in out
-    assert result["environment"]["cores"] >= 1
+class TestOptimizerStep:
+    def test_the_table_of_given_times(self):
+        times = {"SGD foreach": [1e-3, 2e-3, 9e-3], "SGDG omega=0": [4e-3] * 3, "SGDG omega=0.1": [0.03] * 3}
+        times |= {"copy of a step's bytes": [1e-3] * 3, "matrix products alone": [5e-3] * 3}
+        *lines, floor = optimizer_step.table(times, dict.fromkeys(times, 2_500_000)).splitlines()
+        rows = {line[:30].strip(): line[30:].split() for line in lines}
+        assert rows["SGD foreach"] == ["2.00", "1.00", "1.00", "2.5"]
+        assert rows["SGDG omega=0.1"] == ["30.00", "30.00", "15.00", "2.5"]
+        assert floor.endswith("omega=0: 4.00, omega=0.1: 5.00")
 
+    def test_each_variant_is_what_its_name_says(self):
+        model = optimizer_step.WideResNet(10, 1, 10).to(memory_format=torch.channels_last)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        go, variants = optimizer_step.go, optimizer_step.make_variants(model)
+        methods = {"SGDG": go.SGDG, "AdamG": go.AdamG, "plain rule": optimizer_step.PlainOptimizer}
+        for name, omega in [(name, omega) for name in methods for omega in (0, 0.1)]:
+            optimizer = variants[f"{name} omega={omega}"].__self__
+            assert (type(optimizer), optimizer.param_groups[0]["omega"]) == (methods[name], omega)
+        for name, full, fused in [("foreach", 1, None), ("fused", 1, 1), ("foreach, momentum only", 0, None)]:
+            given = variants[f"SGD {name}"].__self__.defaults
+            assert (given["nesterov"], given["weight_decay"] > 0, given["fused"]) == (full, full, fused)
+        weights = go.grassmann_weights(model).values()
+        with FlopCounterMode(display=False) as counter:
+            variants["matrix products alone"]()
+        assert counter.get_total_flops() == sum(4 * len(w) * w.numel() for w in weights)
+        for step in variants.values():
+            step()
+        copied = variants["copy of a step's bytes"]()  # each read once and written once
+        assert 2 * copied.numel() == 5 * sum(p.numel() for p in model.parameters())
 
-def test_optimizer_step(benchmark):
-    out, result = benchmark("optimizer_step", "--depth", 10, "--width", 1, "--rounds", 2)
-    ours = {f"{method} omega={omega}" for method in ("SGDG", "AdamG") for omega in ("0", "0.1")}
-    assert ours | {"SGD foreach", "SGD fused"} <= result["seconds"].keys() == result["peak_bytes"].keys()
-    for name, times in result["seconds"].items():
-        assert len(times) == 2
-        assert is_positive(*times)
-        assert any(line.startswith(name) for line in out.splitlines())
-    assert all(peak >= 0 for peak in result["peak_bytes"].values())
+    def test_peak_memory_is_what_is_held_at_once(self):
+        assert optimizer_step.peak_memory(lambda: torch.ones(250_000) + torch.ones(250_000), False) == 3e6
+        one_by_one = optimizer_step.peak_memory(lambda: [torch.ones(250_000).sum() for _ in range(3)], False)
+        assert one_by_one == pytest.approx(1e6, rel=0.01)
 
-
-def test_regularizer_precision(benchmark):
-    out, result = benchmark("regularizer_precision", "--rows", 8, "--columns", 640)
-    lines = {line[:24].strip(): line[24:].split() for line in out.splitlines()[1:]}
-    assert lines[""] == ["cost", "random", *["20", "steps", "60", "steps", "100", "steps"]]
-    figures = result["figures"].values()
-    for errors in (each["errors"] for each in figures):
-        assert is_positive(*errors.values())
-        assert errors["float32"] < errors["tf32"] < errors["bfloat16"] < 1
-        assert errors["6 x bfloat16"] < errors["3 x bfloat16"] < errors["bfloat16"] / 100
-        for split in ("3 x float16", "3 x tf32"):  # 22 bits of 24
-            assert errors[split] < 10 * errors["float32"]
-            assert errors[split] < errors[split + ", then 1 x"] < 4e-4
-        assert errors["3 x float16, in slices"] < errors["3 x float16, truncated"] / 1.5
-    for way, cost in result["costs"].items():
-        assert lines[way] == [str(cost), *(f"{each['errors'][way]:.1e}" for each in figures)]
-
-
-def test_costs_of_the_regularizers_products(benchmark):
-    """Products of parts, those of a lower order than the number of parts; of Y Y' the half that is new."""
-    _, result = benchmark("regularizer_precision", "--rows", 2, "--columns", 4)
-    one, two, three = 1 + 1, 2 + 3, 4 + 6
-    assert result["costs"] == {
-        "bfloat16": one, "float16": one, "tf32": 2 * one,
-        "3 x bfloat16": two, "3 x float16": two, "3 x tf32": 2 * two, "6 x bfloat16": three,
-        "3 x float16, truncated": two, "3 x float16, in slices": two,
-        "3 x float16, then 1 x": 2 + 1, "3 x tf32, then 1 x": 2 * (2 + 1), "6 x bfloat16, then 3 x": 4 + 3,
-    }  # fmt: skip
+    def test_times_go_to_their_names(self, monkeypatch, figures):
+        clock = Clock()
+        monkeypatch.setattr(optimizer_step, "time", clock)
+        times = {"SGD foreach": 1, "SGDG omega=0": 2, "SGDG omega=0.1": 3}
+        times |= {optimizer_step.COPY: 4, optimizer_step.PRODUCTS: 5}
+        steps = {name: lambda seconds=seconds: clock.passes(seconds) for name, seconds in times.items()}
+        monkeypatch.setattr(optimizer_step, "make_variants", lambda model: steps)
+        _, result = figures(optimizer_step, *SMALL, "--rounds", 2)
+        assert result["seconds"] == {name: [seconds, seconds] for name, seconds in times.items()}
 
 
 class TestTrainThroughput:
-    NETWORK = ("--depth", 10, "--width", 1, "--device", "cpu")
-
-    @pytest.fixture
-    def throughput(self, benchmark):
-        """throughput(*words): two short turns of each configuration of a tiny network."""
-        turns = ("--batchSize", 4, "--rounds", 2, "--steps", 2)
-        return lambda *words: benchmark("train_throughput", *self.NETWORK, *turns, *words)
-
     @pytest.mark.parametrize("method", METHODS)
-    def test_the_plain_configuration_trains_the_same_network(self, throughput, method):
+    def test_the_plain_configuration_trains_the_same_network(self, figures, method):
         strong = [] if method == "SGD" else ["--omega", 5]  # else too weak to be seen in three steps
-        _, result = throughput("--optim_method", method, "--dropout", 0, *strong)
+        words = (*SMALL, "--batchSize", 4, "--rounds", 1, "--steps", 1, "--dropout", 0, *strong)
+        _, result = figures(train_throughput, "--optim_method", method, *words)
         ours, plain = result["ours"]["losses"], result["plain"]["losses"]
         assert len(set(ours)) == 3
         assert ours == pytest.approx(plain, rel=1e-5)
 
-    def test_figures_agree_with_each_other_and_with_the_table(self, throughput):
-        out, result = throughput("--optim_method", "SGDG")
-        table = {line[:28].strip(): line[28:].split() for line in out.splitlines()[4:]}
-        assert all(len(line) <= 80 for line in out.splitlines())
-        for column, name in enumerate(("ours", "plain")):
-            figures = result[name]
-            for turn in range(2):
-                rate, step, product = (
-                    figures[key][turn] for key in ("images_per_s", "step_s", "product_flops")
-                )
-                parts = [
-                    figures[f"{part}_s"][turn] for part in ("forward_backward", "optimizer", "input_wait")
-                ]
-                assert is_positive(rate, step, product, *parts)
-                assert rate * step == pytest.approx(4)  # pictures of a batch
-                assert sum(parts) <= step
-                flops = figures["share_of_product"][turn] * product
-                assert flops == pytest.approx(6 * result["multiply_adds"] * rate)
-            seconds = statistics.median(figures["optimizer_s"])
-            assert table["optimizer"][column] == f"{1e3 * seconds:,.2f}"
-            assert is_positive(*figures["first_step_s"])
-        assert result["gain"]["images_per_s"] == pytest.approx(result["gain"]["step_s"])
-        assert table["images/s"][2] == f"{result['gain']['images_per_s']:.2f}"
-        assert result["options"]["optim_method"] == "SGDG"
+    def test_the_figures_of_a_turn(self, monkeypatch, figures):
+        """A step waits 1 s for its images, computes for 2 (an epoch's first: 20), updates for 5."""
+        clock = Clock()
 
-    def test_counts_are_those_of_the_summary(self, throughput):
-        wide = ("--width", 4, "--batchSize", 1)  # so that the weights weigh more than the activations
-        _, result = throughput("--optim_method", "SGDG", *wide)
-        summary = call("--summary", *self.NETWORK, *wide).out
-        count, parameters = (
-            int(re.search(rf"{what}: ([\d,]+)", summary)[1].replace(",", ""))
-            for what in ("multiply-adds of one picture", "in all")
-        )
-        assert result["multiply_adds"] == count
-        ours, plain = (result[name]["peak_bytes"][0] / (4 * parameters) for name in ("ours", "plain"))
-        assert (
-            3 < ours < plain < 10
-        )  # weights, gradients, momentum; the activations, what the rule makes anew
+        class Training(train_throughput.Training):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                clock.passes(3)
+                self.optimizer.register_step_post_hook(lambda *_: clock.passes(5))
 
-    def test_profile(self, throughput, tmp_path):
-        throughput("--profile", tmp_path / "profile")
-        assert "aten::convolution_backward" in (tmp_path / "profile/profile.txt").read_text()
-        trace = json.loads(gzip.decompress((tmp_path / "profile/trace.json.gz").read_bytes()))
-        assert trace["traceEvents"]
+            def step(self, x, labels):
+                clock.passes(clock.computing)
+                return super().step(x, labels)
 
+        class Batches(train_throughput.TrainBatches):
+            def iterate(self, *arguments, **options):
+                for k, batch in enumerate(super().iterate(*arguments, **options)):
+                    clock.passes(1)
+                    clock.computing = 2 if k else 20
+                    yield batch
 
-@pytest.mark.parametrize("name", ["train_throughput", "deterministic_cost"])
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--no-such-flag"], "--no-such-flag"),
-        (["--ngpu", 2], "--ngpu means nothing"),
-        (["--zero"], "--zero means nothing"),
-        (["--save", "here"], "--save means nothing"),
-        (["--max_minutes", 3], "--max_minutes means nothing"),
-        (["--resume", "auto"], "--resume means nothing"),
-        (["--eval"], "--eval means nothing"),
-    ],
-)
-def test_flags_that_mean_nothing_to_a_benchmark(name, words, reason, benchmark, capsys):
-    with pytest.raises(SystemExit):
-        benchmark(name, "--depth", 10, "--width", 1, "--batchSize", 4, "--rounds", 1, *words)
-    usage, error = capsys.readouterr().err.rsplit("error: ", 1)
-    assert usage.startswith("usage: ")
-    assert reason in error
+        faked = {"time": clock, "Training": Training, "PlainTraining": Training, "TrainBatches": Batches}
+        for name, value in (faked | {"product_flops": lambda t: 1e9}).items():
+            monkeypatch.setattr(train_throughput, name, value)
+        _, result = figures(train_throughput, *SMALL, "--batchSize", 4, "--rounds", 2, "--steps", 3)
+        expected = {"step_s": 8, "images_per_s": 4 / 8, "forward_backward_s": 2, "optimizer_s": 5}
+        expected |= {"input_wait_s": 1, "share_of_product": 6 * result["multiply_adds"] * 4 / 8 / 1e9}
+        for key, value in expected.items():
+            assert result["ours"][key] == pytest.approx([value] * 2), key
+        assert result["ours"]["first_step_s"] == [3 + 1 + 20 + 5]  # 3 to make the network
 
+    def test_the_rate_of_a_product(self, monkeypatch):
+        monkeypatch.setitem(train_throughput.PRODUCT, "cpu", (64, 3))
+        monkeypatch.setattr(train_throughput, "seconds", lambda work, cuda: 2.0 if work() else 0)
+        t = SimpleNamespace(device=torch.device("cpu"), options=SimpleNamespace(dtype="float32"))
+        with FlopCounterMode(display=False) as counter:
+            rate = train_throughput.product_flops(t)
+        assert 2 * rate == counter.get_total_flops() == 3 * 2 * 64**3
 
-def test_scale_invariance(benchmark):
-    """What feeds a sum has a length that counts; in VGG all but the classifier feeds a normalization."""
-    out, result = benchmark("scale_invariance", "--depth", 10, "--width", 1)
-    assert list(result) == ["WRN-10-1", "VGG-13", "ResNet-18 (torchvision)"]
-    invariant = {name: sum(w["invariant"] for w in weights) for name, weights in result.items()}
-    for name, weights in result.items():
-        assert f"{name}: {invariant[name]} of {len(weights)} weights are scale-invariant" in out
-        assert all(0 <= w["cosine"] <= 1.0001 for w in weights)
-    assert (invariant["WRN-10-1"], invariant["VGG-13"]) == (3, 12)
+    def test_the_table_of_given_figures(self):
+        ours = {key: [2.0, 4.0, 6.0] for key, *_ in train_throughput.ROWS} | {"share_of_product": [0.25]}
+        plain = {key: [3.0, 8.0, 6.0] for key, *_ in train_throughput.ROWS} | {"product_flops": [3e12]}
+        gain = train_throughput.gains(ours, plain)
+        assert gain == {key: 1.5 for key in ("step_s", "forward_backward_s", "optimizer_s", "input_wait_s")}
+        lines = train_throughput.table(ours, plain, gain).splitlines()
+        rows = {line[:31].strip(): line[31:].split() for line in lines}
+        assert (rows[""], rows["images/s"]) == (["ours", "plain", "gain"], ["4.0", "6.0"])
+        assert rows["optimizer"] == ["4,000.00", "6,000.00", "1.50"]
+        assert (rows["a large product, TFLOP/s"][1], rows["share of its rate, %"][0]) == ("3.000", "25.0")
+
+    def test_a_mistake_is_answered_by_one_sentence(self, capsys):
+        with pytest.raises(SystemExit):
+            train_throughput.main(["--no-such-flag"])
+        assert "--no-such-flag" in capsys.readouterr().err.rsplit("error: ", 1)[1]
 
 
 class TestLastLayer:
@@ -190,29 +164,25 @@ class TestLastLayer:
         """still(*more): a run whose weights do not move, so that each epoch's loss is of the same network."""
 
         def train(*more):
-            save = tmp_path / "run"
             words = ["--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0]
-            assert call(*tiny("SGD", save, *words, *more)).code == 0
-            return save
+            assert call(*tiny("SGD", tmp_path / "run", *words, *more)).code == 0
+            return tmp_path / "run"
 
         return train
 
     @pytest.mark.parametrize("more", [[], ["--holdout", 16], ["--dtype", "bfloat16"]])
-    def test_the_loss_is_that_of_training(self, more, still, benchmark, pictures_root, tmp_path):
-        run = still(*more)
-        root = shutil.copytree(pictures_root, tmp_path / "moved")
-        out, result = benchmark("last_layer", run, "--dataroot", root)
+    def test_the_loss_is_that_of_training(self, more, still, figures, pictures_root, tmp_path):
+        run, root = still(*more), shutil.copytree(pictures_root, tmp_path / "moved")
+        out, result = figures(last_layer, run, "--dataroot", root)
         (figure,) = result["runs"]
-        assert figure["loss_at_first_length"] == figure["loss"]
         assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
-        assert figure["pictures"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
-        assert result["environment"]["torch"] == torch.__version__
+        assert figure["images"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
         assert call("--resume", run, "--epochs", 5).code == 0
         history = torch.load(run / "checkpoint.pt")["history"]
-        logged = statistics.mean(epoch["train_loss"] for epoch in history[2:])
-        assert figure["loss"] == pytest.approx(logged, rel=1e-6)
+        logged = mean(epoch["train_loss"] for epoch in history[2:])
+        assert figure["loss"] == figure["loss_at_first_length"] == pytest.approx(logged, rel=1e-6)
 
-    def test_what_it_is_at_another_length(self, still, benchmark, tmp_path):
+    def test_what_it_is_at_another_length(self, still, figures, tmp_path):
         run = still()
 
         def lengthened(factor):
@@ -223,23 +193,50 @@ class TestLastLayer:
             torch.save(state, copy / "checkpoint.pt")
             return copy
 
-        first, *others = benchmark("last_layer", *map(lengthened, (1, 8, 64)))[1]["runs"]
+        first, *others = figures(last_layer, *map(lengthened, (1, 8, 64)))[1]["runs"]
         for factor, longer in zip((8, 64), others, strict=True):
             assert longer["length"] == pytest.approx(factor * first["length"])
             assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
             assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
 
-    def test_runs_that_it_cannot_measure(self, still, benchmark, pictures_root, tmp_path, capsys):
-        def refused(run, *words):
-            with pytest.raises(SystemExit):
-                benchmark("last_layer", run, *words)
-            return capsys.readouterr().err.rsplit("error: ", 1)[1]
-
-        assert refused(tmp_path).startswith("there is no checkpoint")
-        run = still()
+    def test_other_images_are_refused_in_one_sentence(self, still, pictures_root, tmp_path, capsys):
         others = shutil.copytree(pictures_root, tmp_path / "others")
         next(others.glob("train/*/*")).unlink()
-        assert refused(run, "--dataroot", others).startswith("the checkpoint is of other pictures")
-        state = torch.load(run / "checkpoint.pt")
-        torch.save({**state, "other_ranks": []}, run / "checkpoint.pt")
-        assert "several processes" in refused(run)
+        with pytest.raises(SystemExit):
+            last_layer.main([str(still()), "--dataroot", str(others)])
+        assert "the checkpoint is of other" in capsys.readouterr().err.rsplit("error: ", 1)[1]
+
+
+class TestRates:
+    def test_a_run_is_told_by_its_last_losses_and_its_test_error(self, monkeypatch):
+        losses = iter(range(1, 31))
+        monkeypatch.setattr(rates, "cross_entropy", lambda z, y: 0 * z.sum() + next(losses))
+        loss, error = rates.train("linear layers", "SGD", 0.0, None, steps=30, seed=0)
+        assert loss == 20.5
+        assert 50 < error < 100  # %: nothing was learnt
+
+    def test_a_small_run_learns(self, figures, monkeypatch):
+        monkeypatch.setattr(rates, "SETTINGS", [s for s in rates.SETTINGS if s[1] == 0.1])
+        out, result = figures(rates, "--steps", 25, "--seeds", 1)
+        assert out.strip() == rates.table(result["runs"])
+        assert all(run["errors"][0] < 60 for run in result["runs"])
+
+    def test_the_table_has_medians(self):
+        run = {"model": "linear layers", "steps": 1000, "method": "SGD-G", "lr": 0.1, "lrg": 0.4}
+        table = rates.table([{**run, "losses": [0.1, 0.02, 9], "errors": [1, 2, 60]}]).splitlines()
+        assert table[0] == "| method | `lr`, `lrg` | linear layers, 1,000 steps |"
+        assert table[-1] == "| SGD-G | 0.1, 0.4 | 0.10, 2.0% |"
+
+    def test_the_page_has_the_table_of_the_published_figures(self):
+        runs = json.loads((ROOT / "logs/published/rates.json").read_text())["runs"]
+        assert rates.table(runs) in (ROOT / "docs/method.md").read_text()
+
+
+def test_the_example_draws_both_curves(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["resnet18.py", "--steps", "2", "--plot", str(tmp_path / "curves.png")])
+    result = runpy.run_path(str(ROOT / "examples/resnet18.py"))
+    sgd, sgdg = result["sgd"], result["sgdg"]
+    said = f"SGD: last losses {mean(sgd):.4f} on average\nSGD-G: last losses {mean(sgdg):.4f} on average\n"
+    assert capsys.readouterr().out == said
+    assert sgd[0] == pytest.approx(sgdg[0], rel=1e-3)  # unit rows in front of BN change nothing
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
