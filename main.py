@@ -321,7 +321,7 @@ def print_summary(options: Options, state: dict | None) -> None:
         model.load_state_dict(state["model"])
         report.print_weights(model, optimizer)
     count = report.multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
-    print(f"multiply-adds of one picture: {count:,}")
+    print(f"multiply-adds of one image: {count:,}")
 
 
 def run(argv: list[str] | None) -> int:

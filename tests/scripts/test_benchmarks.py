@@ -171,8 +171,8 @@ class TestLastLayer:
         return train
 
     @pytest.mark.parametrize("more", [[], ["--holdout", 16], ["--dtype", "bfloat16"]])
-    def test_the_loss_is_that_of_training(self, more, still, figures, pictures_root, tmp_path):
-        run, root = still(*more), shutil.copytree(pictures_root, tmp_path / "moved")
+    def test_the_loss_is_that_of_training(self, more, still, figures, images_root, tmp_path):
+        run, root = still(*more), shutil.copytree(images_root, tmp_path / "moved")
         out, result = figures(last_layer, run, "--dataroot", root)
         (figure,) = result["runs"]
         assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
@@ -199,8 +199,8 @@ class TestLastLayer:
             assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
             assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
 
-    def test_other_images_are_refused_in_one_sentence(self, still, pictures_root, tmp_path, capsys):
-        others = shutil.copytree(pictures_root, tmp_path / "others")
+    def test_other_images_are_refused_in_one_sentence(self, still, images_root, tmp_path, capsys):
+        others = shutil.copytree(images_root, tmp_path / "others")
         next(others.glob("train/*/*")).unlink()
         with pytest.raises(SystemExit):
             last_layer.main([str(still()), "--dataroot", str(others)])
