@@ -654,7 +654,8 @@ def _step_by_kernel(params, states, rates, *, tables, group, omega, maximize, **
 
 def _suits_kernel(p: Tensor) -> bool:
     fits = p.dtype == torch.float32 and p.shape[1:].numel() <= _LONGEST_ROW
-    return fits and p.device.type == _KERNEL_DEVICE and "_advance_kernel" in globals()
+    fits = fits and p.device.type == _KERNEL_DEVICE and p.device not in _WITHOUT_KERNEL
+    return fits and "_advance_kernel" in globals()
 
 
 def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
@@ -850,6 +851,8 @@ def _is_readable(t: Tensor) -> bool:
 # In one Triton kernel.
 _LONGEST_ROW = 8192  # elements that a program of the kernel holds in registers; longer rows go in blocks
 _KERNEL_DEVICE = "cuda" if importlib.util.find_spec("triton") else None  # torch brings it for a GPU
+_LAUNCHED: set[tuple] = set()  # the kernels that have been launched: device, method, with clipping, size
+_WITHOUT_KERNEL: set[torch.device] = set()  # where the first launch of one failed
 
 
 def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None):
@@ -861,13 +864,33 @@ def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilo
     if not len(layer_of_row):
         return
     size = 1 << (max(y.shape[1] for y, *_ in layers) - 1).bit_length()
-    # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
-    globals()["_advance_kernel"][(len(layer_of_row),)](
-        table, layer_of_row, rates,
-        float(decay), 1.0 - decay, float(beta2), 1.0 - beta2, float(epsilon), float(grad_clip or 0),
-        ADAM=layers[0][3] is not None, CLIP=grad_clip is not None,
-        SIZE=size, num_warps=max(1, min(16, size // 512)),
-    )  # fmt: skip
+    adam, clip, device = layers[0][3] is not None, grad_clip is not None, rates.device
+    try:
+        # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
+        globals()["_advance_kernel"][(len(layer_of_row),)](
+            table, layer_of_row, rates,
+            float(decay), 1.0 - decay, float(beta2), 1.0 - beta2, float(epsilon), float(grad_clip or 0),
+            ADAM=adam, CLIP=clip, SIZE=size, num_warps=max(1, min(16, size // 512)),
+        )  # fmt: skip
+        _LAUNCHED.add((device, adam, clip, size))
+    except Exception as error:
+        if (device, adam, clip, size) in _LAUNCHED:
+            raise  # only a first launch can find that the kernel cannot be built; it has changed nothing then
+        _give_up_kernel(device, error)
+        for layer, rate in zip(layers, rates, strict=True):
+            _advance(*layer, rate, decay=decay, beta2=beta2, epsilon=epsilon, grad_clip=grad_clip)
+
+
+def _give_up_kernel(device: torch.device, error: Exception) -> None:
+    """Go on in blocks on this device, and say why, once in a process."""
+    if not _WITHOUT_KERNEL:
+        warnings.warn(
+            f"no Triton kernel on {device}: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Steps "
+            "go on in blocks of rows, slower, with the same results. The kernel needs a C compiler, Python's "
+            "headers (python3-dev), a folder to write to (TRITON_CACHE_DIR) and a GPU that Triton supports.",
+            stacklevel=2,
+        )
+    _WITHOUT_KERNEL.add(device)
 
 
 def _host_table(layers: list[_Layer], pin: bool) -> tuple[Tensor, Tensor]:

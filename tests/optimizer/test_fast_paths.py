@@ -1,6 +1,7 @@
 """Every faster path is the update rule: in blocks, the Triton kernel by its interpreter, compiled steps."""
 
 import math
+import pickle
 import unittest.mock
 
 import pytest
@@ -323,3 +324,56 @@ def test_a_group_may_move_to_the_manifold_later():
         optimizer.step()
     assert optimizer.state[p]["step"] == 1
     assert p.isfinite().all()
+
+
+class FailingKernel:
+    """In place of the Triton kernel: `fails` names the numbers of the launches that raise."""
+
+    def __init__(self, kernel, fails):
+        self.kernel, self.fails, self.launches = kernel, fails, 0
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches += 1
+            if self.fails(self.launches):
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+            return self.kernel[grid](*arguments, **options)
+
+        return launch
+
+
+def train_by(Optimizer, monkeypatch, fails, steps=3):
+    """Two optimizers of one weight each, the second through a pickle; the kernel's launches and the bits."""
+    kernel = FailingKernel(go._advance_kernel, fails)
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE)
+    monkeypatch.setattr(go, "_advance_kernel", kernel)
+    monkeypatch.setattr(go, "_LAUNCHED", set())
+    monkeypatch.setattr(go, "_WITHOUT_KERNEL", set())
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.randn(5, 14, device=DEVICE)) for _ in range(2))
+    options = {"lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.1}
+    optimizers = [Optimizer([p], **options), pickle.loads(pickle.dumps(Optimizer([q], **options)))]
+    for _ in range(steps):
+        for optimizer in optimizers:
+            (weight,) = optimizer.param_groups[0]["params"]
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+    weights = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
+    states = [t for optimizer in optimizers for s in optimizer.state.values() for t in s.values()]
+    return kernel.launches, [*weights, *states]
+
+
+@BOTH
+def test_a_kernel_that_cannot_be_built_is_said_once_and_the_blocks_take_over(Optimizer, monkeypatch):
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="C compiler. Please") as caught:
+        launches, failed = train_by(Optimizer, patch, fails=lambda number: True)
+    assert (launches, len(caught)) == (1, 1)
+    monkeypatch.setattr(go, "_suits_kernel", lambda p: False)
+    _, in_blocks = train_by(Optimizer, monkeypatch, fails=lambda number: True)
+    assert all(map(torch.equal, failed, in_blocks))  # Adam-G's number of steps too
+
+
+@BOTH
+def test_an_error_of_a_later_launch_is_not_hidden(Optimizer, monkeypatch):
+    with pytest.raises(RuntimeError, match="C compiler"):
+        train_by(Optimizer, monkeypatch, fails=lambda number: number > 1)
