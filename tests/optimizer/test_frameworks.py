@@ -31,17 +31,12 @@ from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 
 
-def lines(heading, which=0):
-    """The code of a section of the page."""
-    section = re.split("^## ", (ROOT / "docs" / "frameworks.md").read_text(), flags=re.M)
-    (section,) = (part for part in section if part.startswith(heading + "\n"))
-    return re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S)[which]
-
-
-def run_lines(heading, Optimizer, which=0, **names):
-    """Run them with these names and the optimizer for SGDG; returns all names."""
+def run_lines(name, Optimizer, **names):
+    """Run the lines in the page's row of this name, with these names and the optimizer for SGDG; all names."""
+    page = (ROOT / "docs" / "frameworks.md").read_text()
+    (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, flags=re.M)
     names |= {"torch": torch, "SGDG": Optimizer, "grassmann_param_groups": grassmann_param_groups}
-    exec(lines(heading, which), names)
+    exec("\n".join(re.findall("`(.+?)`", row)), names)
     return names
 
 
@@ -144,8 +139,7 @@ def train_half(rank, folder):
 def resume_elsewhere(make, model, optimizer, folder, x, labels):
     """By torch.distributed.checkpoint, from a fresh optimizer whose rows are of any length."""
     names = {"get_state_dict": get_state_dict, "set_state_dict": set_state_dict, "folder": folder}
-    heading = "torch.distributed.checkpoint"
-    run_lines(heading, SGDG, model=model, optimizer=optimizer, **names)
+    run_lines("saving by torch.distributed.checkpoint", SGDG, model=model, optimizer=optimizer, **names)
     made = make(model=Net())
     fresh, resumed = made["model"], made["optimizer"]
     with torch.no_grad():
@@ -154,7 +148,7 @@ def resume_elsewhere(make, model, optimizer, folder, x, labels):
     before = parts(fresh)
     get_state_dict(fresh, resumed)
     assert all(map(torch.equal, parts(fresh), before))
-    run_lines(heading, SGDG, 1, model=fresh, optimizer=resumed, **names)
+    run_lines("loading by torch.distributed.checkpoint", SGDG, model=fresh, optimizer=resumed, **names)
     fit(model, optimizer, x, labels)
     fit(fresh, resumed, x, labels)
     assert all(map(torch.equal, parts(fresh), parts(model)))
