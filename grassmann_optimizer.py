@@ -144,7 +144,7 @@ def _bias_correction(step: Tensor, beta1: float, beta2: float) -> Tensor:
 class _GrassmannOptimizer(Optimizer):
     """What SGDG and AdamG share: groups, state and their checks, torch's SGD for groups not on G(1, n)."""
 
-    _tells_of_sgd = _rates_differed = False  # a copy does not warn again
+    _tells_of_sgd, _rates_differed = True, False
 
     def __init__(self, params, defaults: dict):
         _check_options(defaults, known=list(defaults))
@@ -153,7 +153,6 @@ class _GrassmannOptimizer(Optimizer):
             for name, unset in _OF_ROWS.items():
                 if any(group.get(name, unset) != unset for group in self.param_groups):
                     raise ValueError(f"{name} has no effect: {_NO_ROWS}")
-        self._tells_of_sgd = True
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
@@ -204,8 +203,8 @@ class _GrassmannOptimizer(Optimizer):
         for p in params:
             self._init_state(p, self.state[p])
             alike.setdefault((p.device, p.dtype, _suits_kernel(p)), []).append(p)
-        # torch.distributed.checkpoint makes a step at a rate of 0 after the weights are loaded: a row that does
-        # not turn stays then, as to make it unit again would cost its last bit. No look at a rate on a GPU.
+        # torch.distributed.checkpoint makes a step at a rate of 0 after the weights are loaded. A row that
+        # does not turn stays then: making it unit again would cost its last bit. No look at a rate on a GPU.
         still = (not isinstance(group["lr"], Tensor) or _is_on_host(group["lr"])) and group["lr"] == 0
         before = [_local(p, p).clone() for p in params if still]
         for some in alike.values():
@@ -234,8 +233,7 @@ class _GrassmannOptimizer(Optimizer):
 
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         """The lr of each weight, in Adam-G times its bias correction: (weights,), on their device."""
-        like = {"dtype": _arithmetic(params[0]), "device": params[0].device}
-        lr = group["lr"]
+        like, lr = {"dtype": _arithmetic(params[0]), "device": params[0].device}, group["lr"]
         lr = lr.to(**like, non_blocking=True) if isinstance(lr, Tensor) else torch.full((), lr, **like)
         return lr.reshape(()).repeat(len(params))
 
@@ -244,8 +242,8 @@ class _GrassmannOptimizer(Optimizer):
         sparse, lr = any(p.grad.is_sparse for p in params), group["lr"]
         # Fused where it is one launch: on a GPU, for tensors stored alike. A buffer of zeros beforehand is
         # torch's first step if nothing is dampened, and lets a CUDA graph hold the step.
-        fused = bool(params) and not sparse and all(map(_suits_fused_sgd, params, states))
-        if fused := fused and not group["dampening"]:
+        plain = bool(params) and not sparse and not group["dampening"]
+        if fused := plain and all(map(_suits_fused_sgd, params, states)):
             lr = lr.to(params[0].device, torch.float32, non_blocking=True) if isinstance(lr, Tensor) else lr
             for p, state in zip(params, states, strict=True):
                 if group["momentum"] and state.get("momentum_buffer") is None:
@@ -329,7 +327,6 @@ class SGDG(_GrassmannOptimizer):
     normalization; `grassmann_param_groups` sorts a model's parameters.
 
     Args:
-        params: parameters, or groups of them with options of their own.
         lr: learning rate; on G(1, n) the angle in radians that a gradient of length 1 moves a row. Take your
             own SGD rate for `lr`, and for rows 0.2 to 0.4 (about 0.1 in Adam-G); the paper's rates, 0.01 and
             0.2 (0.05 in Adam-G), are for the paper's schedule.
@@ -367,8 +364,7 @@ class AdamG(_GrassmannOptimizer):
     beta2, epsilon: of rows, decay of the second moment, in [0, 1), and what is added to it under the root.
 
     State on G(1, n): `momentum_buffer` (m, shaped as the weight), `second_moment` (v, (rows, 1)), `step`
-    (0-dim, float32). Here lr = 0 does stop a row. Without clipping, a gradient beyond 1e19 makes a row's
-    second moment infinite in float32: the row then stays put.
+    (0-dim, float32). Here lr = 0 does stop a row.
     """
 
     def __init__(
@@ -407,8 +403,7 @@ class AdamG(_GrassmannOptimizer):
         return super()._translated_state(state, p, group, which)
 
 
-def _rates_of(groups: list[dict]) -> set[float]:
-    """The groups' learning rates; 0 for a tensor, which may be on a GPU."""
+def _rates_of(groups: list[dict]) -> set[float]:  # 0 for a tensor, which may be on a GPU
     return {0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in groups}
 
 
@@ -421,12 +416,11 @@ def _check_options(group: dict, known: list[str]) -> None:
                 raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
     clip, momentum, on_grassmann = group["grad_clip"], group["momentum"], group["grassmann"]
     nesterov_fits = not group["nesterov"] or on_grassmann or (momentum != 0 and group["dampening"] == 0)
-    got = f"got momentum={momentum}, dampening={group['dampening']}"
     beta1_fits = "beta2" not in group or not on_grassmann or momentum < 1
     for name, fits, need in (
         *((name, group[name] >= 0, "must not be negative") for name in ("lr", "weight_decay", "omega")),
         ("grad_clip", clip is None or clip > 0, "must be positive, or None for no clipping"),
-        ("nesterov", nesterov_fits, f"needs a momentum and no dampening, {got}"),
+        ("nesterov", nesterov_fits, "needs a momentum and no dampening"),
         ("beta2", 0 <= group.get("beta2", 0) < 1, "must be in [0, 1)"),
         ("epsilon", group.get("epsilon", 1) > 0, "must be positive"),
         ("momentum", momentum >= 0, "must not be negative"),
@@ -443,8 +437,7 @@ def _check_rows(p: Tensor, omega: float, name: str = "a parameter") -> None:
     if not all(part.is_replicate() or part.is_shard(0) for part in getattr(p, "placements", ())):
         raise ValueError(f"grassmann=True needs whole rows, got {which}, {p.placements}")
     if omega > 0 and p.shape[0] > n:
-        many = f"{which} has {p.shape[0]} rows of {n} elements"
-        raise ValueError(f"omega={omega} asks for orthogonal rows, but {many}; give it a group with omega=0")
+        raise ValueError(f"omega={omega} needs at least as many elements as rows, got {which}: take omega=0")
 
 
 # ------------------------------------------------------------------------------------ 4. a model's parameters
@@ -497,9 +490,8 @@ def _weights_by_shape(model: nn.Module) -> list[str]:
     return [n for n, p in convolutions.items() if n not in computed and p.shape[0] < p.shape[1:].numel()]
 
 
-@torch.no_grad()
 def _normalize_rows(p: Tensor) -> None:
-    weight = _local(p, p)
+    weight = _local(p, p).detach()
     rows = _rows(weight, weight)
     y, length = unit(rows)
     # Rows that are unit but for rounding stay: groups made again, as to resume, change nothing.
@@ -523,9 +515,8 @@ def grassmann_param_groups(
     Weights on G(1, n) with no fewer rows than elements in a row, whose rows cannot be orthogonal, make a
     group "grassmann_overcomplete" with omega = 0. Frozen parameters and empty groups are left out.
 
-    Warning: makes the rows of the Grassmann weights unit, in place (zero rows stay zero), which changes what
-    a trained network computes. Make the groups before a copy of the model that averages weights, and after
-    what replaces parameters (`fully_shard`).
+    Warning: makes the rows on G(1, n) unit, in place (zero rows stay zero), which changes what a trained
+    network computes. Make the groups before a copy of the model and after `fully_shard`.
 
     lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n). momentum: of all groups. Other
     arguments, errors and warnings: as in `SGDG` and `grassmann_weights`; ValueError where nothing is chosen.
@@ -550,8 +541,7 @@ def grassmann_param_groups(
     groups: dict[str, list[Tensor]] = {name: [] for name in options}
     for name, p in model.named_parameters():
         if name in chosen:
-            undercomplete = p.shape[0] < p.shape[1:].numel()
-            groups["grassmann" if undercomplete else "grassmann_overcomplete"].append(p)
+            groups["grassmann" if p.shape[0] < p.shape[1:].numel() else "grassmann_overcomplete"].append(p)
         elif p.requires_grad:
             groups["bn_bias" if p.ndim < 2 else "other"].append(p)
     return [{"params": params, "name": name, **options[name]} for name, params in groups.items() if params]
@@ -571,12 +561,11 @@ class ScaleInvariance(NamedTuple):
 def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
     """Measure which weights matter only through the directions of their rows, by a forward and backward pass.
 
-    If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler's theorem for
-    functions homogeneous of degree 0): cos(w, g) is then rounding error and what a normalization's eps
-    leaves, else as large as chance gives.
+    If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler): the cosine
+    is then rounding error and what a normalization's eps leaves, else as large as chance gives.
 
-    model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
-    generators, are left as they were. In evaluation mode all of it is measured in training mode.
+    model: any module in float32 or more, not sharded; in evaluation mode it is measured in training mode. Its
+    buffers, gradients and modes, and torch's generators, are left as they were.
     loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
 
     Returns an entry for each trainable weight that has rows of at least two elements.
@@ -588,10 +577,9 @@ def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
         raise ValueError(f"measure in float32 and before weights are sharded, not {', '.join(unfit)}")
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    devices, device = {p.device.index for p in model.parameters() if p.is_cuda}, named[0][1].device.type
     try:
-        generators, device = torch.random.fork_rng(devices=sorted(devices)), named[0][1].device.type
-        with generators, torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device, enabled=False):
             loss = loss_fn(model if model.training else model.train())
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
@@ -621,8 +609,8 @@ def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
 #     Adam-G:  M <- beta1 M + (1 - beta1) h;    v <- beta2 v + (1 - beta2) h'h;   s <- -rate/sqrt(v + epsilon)
 #     a <- s |M|                                                                the step is d = s M
 #     y, M <- y cos a + M/|M| sin a,   M cos a - y |M| sin a                    Eq. 7, and Eq. 8 for M along d
-# rate: lr, in Adam-G times its bias correction. _advance takes blocks of rows, which stay in the cache. On a
-# GPU a program of _advance_kernel takes each row, and reads and writes its elements once.
+# rate: lr, in Adam-G times its bias correction. On the CPU rows go in blocks that stay in the cache, on a
+# GPU each in a program of a Triton kernel, which reads and writes its elements once.
 _Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, g, m (rows, n) and v (rows, 1), None for SGD-G
 
 
@@ -740,8 +728,8 @@ def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float)
     from torch.distributed.tensor import Replicate
 
     everywhere = [Replicate()] * weight.device_mesh.ndim
-    numbers = torch.arange(weight.shape[0], device=y.device)  # of all rows
-    numbers = type(weight).from_local(numbers, weight.device_mesh, everywhere, run_check=False)
+    all_rows = torch.arange(weight.shape[0], device=y.device)
+    numbers = type(weight).from_local(all_rows, weight.device_mesh, everywhere, run_check=False)
     numbers = numbers.redistribute(placements=weight.placements).to_local()  # of this process's rows
     whole = _sharded_as(weight, y).full_tensor()
     gram = y @ whole.mT

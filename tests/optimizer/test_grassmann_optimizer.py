@@ -177,7 +177,7 @@ BAD_GROUPS = [  # weight, options, what the sentence names
     (ONES, {"momentum": 1.0, "grassmann": True}, "momentum.*1.0.*beta1"),
     (torch.ones(5), CONVOLUTION, r"rows of at least two elements.*\(5,\)"),
     (torch.ones(5, 1), CONVOLUTION, r"rows of at least two elements.*\(5, 1\)"),
-    (torch.ones(5, 2), {**CONVOLUTION, "omega": 0.1}, "5 rows of 2"),
+    (torch.ones(5, 2), {**CONVOLUTION, "omega": 0.1}, r"omega=0.1 needs.*\(5, 2\)"),
     (ONES.to(torch.complex64), CONVOLUTION, "real.*complex64"),
     (ONES, {"grassman": True}, "'grassman'.*'grassmann'"),
     (ONES, {"weightdecay": 0.1}, "'weightdecay'.*'weight_decay'"),
