@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 import grassmann_optimizer as go
@@ -105,15 +104,3 @@ def test_a_state_moves_to_another_device_and_back(Optimizer):
         for key, value in values.items():
             assert value.is_cuda
             assert torch.equal(value, state["state"][index][key])
-
-
-@BOTH
-def test_narrow_weights_take_the_float32_step_rounded(Optimizer):
-    weight = torch.randn(8, 40, device="cuda").bfloat16()
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        p = nn.Parameter(weight.to(dtype))
-        p.grad = torch.ones_like(p)
-        Optimizer([p], lr=0.2, grassmann=True).step()
-        results.append(p.detach().bfloat16())
-    torch.testing.assert_close(*results)

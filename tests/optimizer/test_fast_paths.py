@@ -217,17 +217,6 @@ def test_a_step_inside_autocast_is_the_step_outside(Optimizer):
     assert torch.equal(*results)
 
 
-def test_a_group_may_move_to_the_manifold_later():
-    p = nn.Parameter(torch.randn(4, 9))
-    optimizer = AdamG([p], lr=0.1, momentum=0.9)
-    for grassmann in (False, True):
-        optimizer.param_groups[0]["grassmann"] = grassmann
-        p.grad = torch.randn_like(p)
-        optimizer.step()
-    assert optimizer.state[p]["step"] == 1
-    assert p.isfinite().all()
-
-
 def launch_all(layers, rates, options):
     for i, layer in enumerate(layers):
         go._launch(*layer, rates, i, **options)

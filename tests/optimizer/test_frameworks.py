@@ -32,7 +32,7 @@ BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 
 
 def run_lines(name, Optimizer, **names):
-    """Run the lines in the page's row of this name, with these names and the optimizer for SGDG; all names."""
+    """Run the lines of the page's row with these names and the optimizer for SGDG; all names."""
     page = (ROOT / "docs" / "frameworks.md").read_text()
     (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, flags=re.M)
     names |= {"torch": torch, "SGDG": Optimizer, "grassmann_param_groups": grassmann_param_groups}

@@ -76,44 +76,6 @@ def through_a_file(thing):
 # -------------------------------------------------------------------------------------------------- groups
 
 
-@BOTH
-@pytest.mark.parametrize("form", ["list", "generator", "named", "groups", "one tensor", "added later"])
-def test_parameters_come_in_every_form_that_torch_takes(Optimizer, form):
-    params = make_params()[:1]
-    expected = Optimizer(make_params()[:1], **GRASSMANN)
-    if form == "added later":
-        optimizer = Optimizer([nn.Parameter(torch.ones(3))], lr=0.1)
-        optimizer.add_param_group({"params": (p for p in params), **GRASSMANN})
-        assert optimizer.param_groups.pop(0)["grassmann"] is False
-    else:
-        given = {
-            "list": params,
-            "generator": (p for p in params),
-            "named": iter([("conv", params[0])]),
-            "groups": [{"params": iter(params)}],
-            "one tensor": [{"params": params[0]}],
-        }
-        optimizer = Optimizer(given[form], **GRASSMANN)
-    if form == "named":
-        assert optimizer.param_groups[0]["param_names"] == ["conv"]
-    train(optimizer, range(3))
-    train(expected, range(3))
-    assert_same(optimizer, expected)
-
-
-@BOTH
-def test_keys_of_schedulers_and_trainers_pass(Optimizer):
-    """One optimizer's groups make another, with what schedulers and trainers write into them."""
-    first = Optimizer([("weight", nn.Parameter(torch.ones(2, 3)))], **GRASSMANN)
-    schedulers.OneCycleLR(first, max_lr=0.1, total_steps=5)
-    schedulers.CyclicLR(first, 0.01, 0.1)
-    swa_utils.SWALR(first, swa_lr=0.1)
-    (group,) = first.param_groups
-    group |= {"name": "conv", "lr_scale": 0.5, "lr_mult": 2.0, "use_muon": False}
-    second = Optimizer([dict(group)])
-    assert second.param_groups == first.param_groups
-
-
 # -------------------------------------------------------------------------------------------------- state
 
 
@@ -388,11 +350,6 @@ MAKE_SCHEDULER = {
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=4),
 }
 STEPS = 7
-
-
-def test_every_scheduler_of_torch_is_tested():
-    of_torch = {name for name in schedulers.__all__ if name != "LRScheduler"} | {"SWALR"}
-    assert of_torch == set(MAKE_SCHEDULER)
 
 
 def scheduled(Optimizer, make_scheduler, tensor_lr):

@@ -192,17 +192,6 @@ def test_groups_made_again_change_nothing(Optimizer):
 # ------------------------------------------------------------------------------------------------ measurement
 
 
-def test_a_weight_behind_a_scale_of_0_is_measured_after_a_step():
-    model = Residual()
-    nn.init.zeros_(model.last.weight)  # as timm and torchvision's zero_init_residual do
-    with pytest.raises(ValueError, match=r"no gradient reaches conv\.weight: .*after a step"):
-        grassmann_weights(model, "measured", random_loss)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    random_loss(model).backward()
-    optimizer.step()
-    assert list(grassmann_weights(model, "measured", random_loss)) == ["first.weight", "conv.weight"]
-
-
 def test_a_frozen_batch_normalization_is_measured_as_it_is():
     model = Residual()
     model.bn.eval()
