@@ -335,7 +335,6 @@ class SGDG(_GrassmannOptimizer):
         omega: regularizer (omega/2) ||Y Y' - I||_F^2 of each weight on G(1, n); 0: none, the cheapest.
         grad_clip: largest length of a row's gradient on G(1, n); None: no limit.
         maximize: ascend the loss (the regularizer is minimized all the same).
-
     ValueError: an option out of range, misspelt or without effect; `grassmann=True` on a parameter that is
     complex, has no rows of at least two elements or, with omega > 0, more rows than a row has elements.
 
@@ -359,7 +358,6 @@ class AdamG(_GrassmannOptimizer):
     """Adam on the product of G(1, n)s, with one adaptive scale for each row of a weight: the paper's Adam-G.
 
     Groups, rates, errors and what is said of rows are as in `SGDG`; another group is SGD with momentum.
-
     momentum: on G(1, n) beta1, decay of the first moment, in [0, 1); of other groups SGD's.
     beta2, epsilon: of rows, decay of the second moment, in [0, 1), and what is added to it under the root.
 
@@ -567,7 +565,6 @@ def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
     model: any module in float32 or more, not sharded; in evaluation mode it is measured in training mode. Its
     buffers, gradients and modes, and torch's generators, are left as they were.
     loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
-
     Returns an entry for each trainable weight that has rows of at least two elements.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
