@@ -49,7 +49,7 @@ def test_steps_are_those_of_the_cpu(Optimizer, omega):
 @OMEGAS
 def test_a_step_does_not_wait_for_the_device(Optimizer, omega):
     model, optimizer = make(Optimizer, "cuda", omega)
-    for step in range(2):  # state, tables and the compiled kernel
+    for step in range(2):  # state and the compiled kernels
         give_gradients(model, step)
         optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -61,7 +61,9 @@ def test_a_step_does_not_wait_for_the_device(Optimizer, omega):
 
 @BOTH
 @OMEGAS
-def test_a_cuda_graph_replays_training_steps(Optimizer, omega):
+@pytest.mark.parametrize("by_kernel", [True, False])  # or in blocks, as where it cannot be built
+def test_a_cuda_graph_replays_training_steps(Optimizer, omega, by_kernel, monkeypatch):
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", "cuda" if by_kernel else None)
     images = torch.randn(8, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.arange(8, device="cuda")
     rates = {"lr": torch.tensor(0.01, device="cuda"), "lrg": torch.tensor(0.2, device="cuda")}

@@ -327,18 +327,8 @@ def test_gradient_scaling_takes_the_same_steps_and_skips_infinite_gradients(Opti
 
 MAKE_SCHEDULER = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, [lambda t: 0.9**t, lambda t: 1 / (1 + t)]),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda t: 0.8),
     "StepLR": lambda o: schedulers.StepLR(o, 2, gamma=0.2),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5], gamma=0.2),
-    "ConstantLR": lambda o: schedulers.ConstantLR(o, factor=0.3, total_iters=3),
-    "LinearLR": lambda o: schedulers.LinearLR(o, start_factor=0.3, total_iters=4),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.7),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=6, power=2),
     "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=5),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=3),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, factor=0.1, total_iters=3), schedulers.ExponentialLR(o, 0.9)]
-    ),
     "SequentialLR": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.ExponentialLR(o, 0.9)], milestones=[3]
     ),
