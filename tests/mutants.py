@@ -308,7 +308,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('"grassmann" if p.shape[0] < p', '"grassmann" if p.shape[0] <= p', "invariance square"),
         ("n not in computed and p.shape[0] < p", "n not in computed and p.shape[0] <= p", "optimizer groups_by"),
         ("stored.copy_(torch.where(kept, rows, y).view(stored.shape))", "pass", "optimizer groups_by"),
-        ("stored.copy_(rows.view(stored.shape))", "pass", "optimizer any_storage"),
+        ("stored.copy_(rows.view(stored.shape))", "pass", "pytorch narrow_parameters"),
         ('groups["bn_bias" if p.ndim < 2 else "other"]', 'groups["bn_bias" if "bias" in name else "other"]', GROUPS),
         ('{**grassmann, "omega": 0.0}', '{**grassmann, "omega": omega}', "invariance groups_by_measurement"),
         ("if p.dtype in _LOW_PRECISION else p.dtype", "if False else p.dtype", "pytorch narrow_parameters"),
