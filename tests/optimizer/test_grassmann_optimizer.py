@@ -257,7 +257,7 @@ def train(optimizer, steps=3):
         optimizer.step()
 
 
-@pytest.mark.filterwarnings("default:steps of plain SGD")
+@pytest.mark.filterwarnings("always:steps of plain SGD")
 def test_plain_sgd_is_said_once_and_not_by_an_optimizer_for_each_parameter(recwarn):
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     optimizer = SGDG(params, lr=0.1)
@@ -273,6 +273,7 @@ def test_plain_sgd_is_said_once_and_not_by_an_optimizer_for_each_parameter(recwa
     assert not recwarn
 
 
+@pytest.mark.filterwarnings("always:all groups")
 def test_a_schedule_that_erases_lrg_is_said_once(recwarn):
     def make(**rates):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
