@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -257,8 +258,8 @@ def train(optimizer, steps=3):
         optimizer.step()
 
 
-@pytest.mark.filterwarnings("always:steps of plain SGD")
 def test_plain_sgd_is_said_once_and_not_by_an_optimizer_for_each_parameter(recwarn):
+    warnings.simplefilter("always")  # not once for a line, as recwarn does
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     optimizer = SGDG(params, lr=0.1)
     train(optimizer)
@@ -273,8 +274,9 @@ def test_plain_sgd_is_said_once_and_not_by_an_optimizer_for_each_parameter(recwa
     assert not recwarn
 
 
-@pytest.mark.filterwarnings("always:all groups")
 def test_a_schedule_that_erases_lrg_is_said_once(recwarn):
+    warnings.simplefilter("always")
+
     def make(**rates):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         return SGDG(grassmann_param_groups(model, **{"lr": 0.01, "lrg": 0.2, **rates}))
@@ -287,9 +289,9 @@ def test_a_schedule_that_erases_lrg_is_said_once(recwarn):
     for optimizer in (make(), make(lr=0.2), make(lr=torch.tensor(0.1), lrg=torch.tensor(0.1))):
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
         train(optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the end of a schedule
-    train(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the end of a schedule
+        train(optimizer)
     assert not recwarn
 
 
