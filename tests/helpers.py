@@ -204,7 +204,11 @@ def call_ranks(size: int, *argv, folder: Path, **environment) -> list[Outcome]:
             try:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(os.read(port, 5))}
-                place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, **environment}
+                place |= {
+                    "TORCHELASTIC_USE_AGENT_STORE": True,
+                    "TORCHELASTIC_RESTART_COUNT": 0,
+                    **environment,
+                }
                 os.environ |= {name: str(value) for name, value in place.items() if value is not None}
                 outcome = call(*argv)
             except BaseException:

@@ -60,7 +60,7 @@ def curves(save: Path) -> dict[tuple[str, int], set]:
 
 
 def assert_same_curves(save, expected):
-    """The same tags and steps with the same values, once each however often they were written; speed aside."""
+    """The same tags and steps with the same values, however often they were written; speed aside."""
     found, expected = curves(save), curves(expected)
     assert found.keys() == expected.keys()
     for (tag, step), values in expected.items():
@@ -102,7 +102,8 @@ class TestStop:
         assert_same_run(save, finished[method][0])
 
     @pytest.mark.parametrize(
-        "flags", ["--select measured --width 2", "--grad_clip none", "--momentum 0", "--model vgg11 --lr 0.01"]
+        "flags",
+        ["--select measured --width 2", "--grad_clip none", "--momentum 0", "--model vgg11 --lr 0.01"],
     )
     def test_a_run_with_rare_options_ends_with_the_same_bits(self, tiny, tmp_path, monkeypatch, flags):
         whole, save = tmp_path / "whole", tmp_path / "run"
