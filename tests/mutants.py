@@ -98,7 +98,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("loss.double() / distributed.world_size()", "loss.double()", "ranks whole_batch[SGDG]"),
         ("sync_bn=options.sync_bn and not options.eval)", "sync_bn=options.sync_bn)", "ranks could_not"),
         ("utils.seed_rank(options.seed, 0, 0)", "pass", "ranks dropout_differs"),
-        ("distributed.broadcast_tensors(t.model.buffers())", "pass", "ranks running_averages"),
+        ("distributed.broadcast_tensors(t.model.buffers())", "pass", "ranks with_zero_and_without and SGD-2"),
         ("if options.zero and distributed.world_size() > 1:", "if False:", "ranks with_zero_and_without and SGDG"),
         ("                print(message)\n", "                pass\n", "ranks summary_and"),
         ("last_loss, last_batch = t.totals()[0], t.batch", "last_loss, last_batch = 0, 0", "resume one_value"),

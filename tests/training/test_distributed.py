@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import pytest
 import torch
@@ -98,24 +99,24 @@ def test_ranks_train_as_one_process_on_the_whole_batch(method, tiny, ranks, tmp_
 def test_all_ranks_end_with_the_same_weights_with_zero_and_without(
     method, size, tiny, ranks, tmp_path, monkeypatch
 ):
-    """With --zero each weight's momentum is on one rank. Dropout differs between the ranks."""
+    """And the same running averages. With --zero one has a weight's momentum. Dropout differs."""
     train = main.train
 
     def train_and_tell(t, stop):
         code = train(t, stop)
         held = {id(p) for p in getattr(t.optimizer, "optim", t.optimizer).state}
-        told = {n: (p.detach(), id(p) in held) for n, p in t.model.named_parameters()}
-        torch.save(told, t.options.save / f"told{distributed.rank()}")
+        held = [name for name, p in t.model.named_parameters() if id(p) in held]
+        torch.save((t.model.state_dict(), held), t.options.save / f"told{distributed.rank()}")
         return code
 
     monkeypatch.setattr(main, "train", train_and_tell)
     for name, flags in (("plain", []), ("zero", ["--zero"])):
         save = tmp_path / name
         assert_fine(ranks(size, *tiny(method, save, *BATCH, *flags)))
-        told = [torch.load(save / f"told{rank}") for rank in range(size)]
-        assert len({str(bits([p for p, _ in of.values()])) for of in told}) == 1
-        for weight in told[0]:
-            assert sum(of[weight][1] for of in told) == (1 if flags else size), weight
+        states, held = zip(*(torch.load(save / f"told{rank}") for rank in range(size)), strict=True)
+        assert [bits(state) for state in states] == [bits(states[0])] * size
+        parameters = [name for name in states[0] if name.endswith(("weight", "bias"))]
+        assert sorted(chain(*held)) == sorted(parameters * (1 if flags else size))
     assert_same_run(tmp_path / "plain", tmp_path / "zero")
     assert len(set(generators(save))) == size
 
@@ -131,22 +132,6 @@ def test_evaluation_counts_each_image_once(tiny, ranks, tmp_path):
         stats = log_lines(save)[-1]
         loss, error = map(float, re.search(r"loss ([\d.]+), top-1 error ([\d.]+)%", alone.out).groups())
         assert (stats["test_loss"], 100 - stats["test_acc"]) == pytest.approx((loss, error), abs=0.0051)
-
-
-def test_the_running_averages_are_rank_0s(tiny, ranks, tmp_path, monkeypatch):
-    """All ranks evaluate with them, and the checkpoint has them."""
-    evaluate = main.evaluate
-
-    def evaluate_and_tell(t, stop):
-        result = evaluate(t, stop)
-        torch.save(list(t.model.buffers()), t.options.save / f"buffers{distributed.rank()}")
-        return result
-
-    monkeypatch.setattr(main, "evaluate", evaluate_and_tell)
-    save = tmp_path / "run"
-    assert_fine(ranks(2, *tiny("SGD", save, *BATCH)))
-    first, second = (bits(torch.load(save / f"buffers{rank}")) for rank in range(2))
-    assert first == second
 
 
 # ------------------------------------------------------------------------------------------ stop and continue
@@ -548,27 +533,16 @@ def test_ngpu_starts_the_processes_and_a_stop_reaches_them(tiny, ranks, tmp_path
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_one_process_ends_all(number, tiny, tmp_path):
+@pytest.mark.parametrize(("to_launcher", "number", "said"), [(False, 15, "SIGTERM"), (True, 9, "SIGHUP")])
+def test_the_end_of_one_process_or_of_the_launcher_stops_all(to_launcher, number, said, tiny, tmp_path):
     save = tmp_path / "run"
     process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 10_000))
     wait_for_an_epoch(save, process)
-    os.kill(children(process.pid)[1], number)
-    out, _ = process.communicate()
-    assert process.returncode != 0
-    assert out.count("stopped by SIGTERM") == (number == signal.SIGTERM)
-    assert call("--resume", save, "--eval").code == 0
-
-
-@pytest.mark.long
-def test_without_their_launcher_the_processes_stop(tiny, tmp_path):
-    save = tmp_path / "run"
-    process = spawn("main.py", *tiny("SGD", save, *BATCH, "--ngpu", 2, "--epochs", 10_000))
-    wait_for_an_epoch(save, process)
-    process.kill()
+    os.kill(process.pid if to_launcher else children(process.pid)[1], number)
     out, _ = process.communicate()  # until the processes, too, have closed their output
-    assert out.count("stopped by SIGHUP") == 1
-    assert load(save)["epoch"] < 10_000
+    assert process.returncode != 0
+    assert out.count(f"stopped by {said}") == 1
+    assert call("--resume", save, "--eval").code == 0
 
 
 @pytest.mark.long

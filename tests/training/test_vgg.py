@@ -16,22 +16,6 @@ def norms(model):
     return [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
 
 
-@torch.no_grad()
-def test_shapes_and_memory_format():
-    model = VGG(11, 7).to(memory_format=torch.channels_last)
-    sizes = []
-
-    def record(module, args, out):
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        sizes.append(tuple(out.shape[1:]))
-
-    for group in (model.group0, model.group1, model.group2, model.group3, model.group4):
-        group.register_forward_hook(record)
-    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    assert model(x).shape == (2, 7)
-    assert sizes == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512, 1, 1)]
-
-
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_batch_normalization_has_a_shift_but_no_scale(depth):
     model = VGG(depth, 10)
