@@ -239,6 +239,8 @@ def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, 
     t.probe.active = True
     step(t)
     state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(t))
+    if method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
+        del state["generators"]["cuda"]
     t = make(monkeypatch, method, "wrn", "--dtype", "float16")
     checkpoint.restore(t, state)
     tensors = [list(t.model.state_dict().values()), t.optimizer.state_dict()["state"], t.sums, t.probe.sums]
