@@ -283,7 +283,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("model = nn.SyncBatchNorm.convert_sync_batchnorm(model)", "pass", "dry second_process and sync"),
     ],
     "data.py": [
-        ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "data svhn"),
+        ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "paper on_svhn"),
         ("classes, mean, std, flip=False", "classes, mean, std, flip=True", "data digits"),
         ("(125.3, 123.0, 113.9)", "(123.0, 125.3, 113.9)", STARTED),
         ("random_state=0", "random_state=1", "data digits"),
@@ -322,7 +322,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("range(0, len(paths), CHUNK)):\n", "range(0, len(paths), CHUNK + 1)):\n", "folder order_of_many"),
     ],
     "resnet.py": [
-        ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet shapes"),
+        ("stride = 2 if i > 0 and j == 0 else 1", "stride = 2 if j == 0 else 1", "resnet computes"),
         ("nn.Conv2d(in_width, width, 1, stride, bias=False)", "nn.Conv2d(in_width, width, 1, stride)", GROUPS),
         ("z = relu(self.bn1(self.conv0(o)), inplace=True)", "z = self.bn1(self.conv0(o))", "resnet computes"),
         ("self.convdim(o))", "self.convdim(x))", "resnet computes"),

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, SVHN_SIZES, contents, write_archive, write_svhn
+from helpers import LAYOUTS, contents, write_archive, write_svhn
 
 from data import EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from utils import UserError
@@ -189,22 +189,6 @@ class TestDownloaded:
             assert labels.tolist() == [label for name in files for label in content[name][label_key]]
         assert (loaded.name, loaded.flip) == (dataset, True)
         assert len(loaded.classes) == (100 if dataset == "CIFAR100" else 10)
-
-    def test_reads_the_real_format_of_svhn_with_extra_behind_train(self, tmp_path, monkeypatch):
-        content = write_svhn(tmp_path, monkeypatch)
-        loaded = load_data("SVHN", tmp_path)
-        for images, labels, splits in (
-            (loaded.train_images, loaded.train_labels, ("train", "extra")),
-            (loaded.test_images, loaded.test_labels, ("test",)),
-        ):
-            assert images.flags.c_contiguous
-            assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
-            # In the file an image is X[:, :, :, i] and the digit 0 has the label 10.
-            pairs = [(content[split], i) for split in splits for i in range(SVHN_SIZES[split])]
-            for image, label, ((x, y), i) in zip(images, labels, pairs, strict=True):
-                assert np.array_equal(image, x[:, :, :, i])
-                assert label == y[i, 0] % 10
-        assert (loaded.name, loaded.flip, loaded.classes) == ("SVHN", False, tuple("0123456789"))
 
     @pytest.mark.parametrize("missing", [True, False])
     @pytest.mark.parametrize(

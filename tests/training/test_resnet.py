@@ -8,21 +8,6 @@ from torch.nn.functional import batch_norm, conv2d, dropout, linear, relu
 from resnet import WideResNet
 
 
-def test_shapes_strides_and_memory_format():
-    model = WideResNet(10, 1, 7).to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    sizes = []
-
-    def record(module, args, out):
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        sizes.append(tuple(out.shape[1:]))
-
-    for group in (model.group0, model.group1, model.group2):
-        group.register_forward_hook(record)
-    assert model(x).shape == (2, 7)
-    assert sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False])
 def test_computes_what_the_paper_describes(training):

@@ -1,11 +1,9 @@
 """The VGGs are the paper's: names, shapes, what they compute, BN without a scale, first weights, dropout."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, relu
+from torch.nn.functional import batch_norm, conv2d, linear, max_pool2d, relu
 
 from vgg import VGG
 
@@ -27,22 +25,6 @@ def test_batch_normalization_has_a_shift_but_no_scale(depth):
     }
     assert len(norms(model)) == depth - 1
     assert not any("bn" in key and key.endswith("weight") for key in model.state_dict())
-
-
-def test_the_scale_stays_one_and_the_shift_is_trained_saved_and_loaded():
-    torch.manual_seed(0)
-    model = VGG(11, 10)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
-    cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
-    optimizer.step()
-    for bn in norms(model):
-        assert (bn.weight == 1).all()
-        assert bn.bias.count_nonzero() > 0.9 * bn.bias.numel()
-    loaded = VGG(11, 10).eval()
-    loaded.load_state_dict(model.state_dict())
-    x = torch.randn(4, 3, 32, 32)
-    assert torch.equal(loaded(x), model.eval()(x))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
 PAPERS_LAYERS = {
