@@ -106,6 +106,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if stop.asked() and t.epoch < options.epochs:", "if stop.asked():", "resume last_check"),
         ('raise UsageError("--ngpu is for', 'UsageError("--ngpu is for', "ranks ngpu_becomes"),
         ("> 1 and not distributed.launched():", "> 1:", "ranks answered_once and ngpu"),
+        ("self.scaler.step(self.optimizer)", "self.optimizer.step()", "resume scaler_skipped"),
+        ("        self.scaler.update()\n", "", "resume scaler_skipped"),
     ],
     "options.py": [
         ('"momentum": 0.9,', '"momentum": 0.95,', STARTED),
@@ -205,6 +207,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('t.sums.copy_(sum(other["sums"] for other in ranks))', 't.sums.copy_(ranks[0]["sums"])', "ranks another_number"),
         ('utils.set_generator_states(ranks[0]["generators"], t.device)', "pass", "ranks another_number"),
         ("utils.seed_rank(t.options.seed, t.epoch, t.batch)", "pass", "ranks another_number"),
+        ('t.scaler.load_state_dict(state["scaler"])', "pass", "resume scaler_skipped"),
     ],
     "benchmarks/train_throughput.py": [
         ('state.get("step", y.new_zeros(())) + 1', 'state.get("step", y.new_zeros(())) + 2', "benchmarks same_network"),
