@@ -353,7 +353,7 @@ def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, t
     assert ["in failing" in outcome.err for outcome in outcomes] == [broken == 0, broken == 1]
 
 
-def test_summary_and_a_finished_run(tiny, ranks, tmp_path, finished):
+def test_summary_and_a_finished_run_are_told_once(tiny, ranks, tmp_path, finished):
     save = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
     for words in (["--summary"], ["--summary", "--zero"], []):
         alone, outcomes = call("--resume", save, *words), ranks(2, "--resume", save, *words)

@@ -269,7 +269,9 @@ class TestResume:
         assert load(save)["options"]["epochs"] == 2
 
     @pytest.mark.parametrize("nthread", [0, 3])
-    def test_what_may_change_on_the_way(self, tiny, finished, images_root, tmp_path, monkeypatch, nthread):
+    def test_threads_device_and_dataroot_may_change(
+        self, tiny, finished, images_root, tmp_path, monkeypatch, nthread
+    ):
         save, moved = tmp_path / "run", shutil.copytree(images_root, tmp_path / "moved")
         stopped_run(tiny, monkeypatch, "AdamG", save, 2)
         may_change = {"nthread": nthread, "device": "cpu", "dataroot": moved}
@@ -284,7 +286,7 @@ class TestResume:
         times = [json.loads(line.split(" ", 1)[1])["train_time"] for line in (save / "log.txt").open()]
         assert times[0] > 1e6 > times[1]
 
-    def test_a_file_and_another_directory(self, tiny, finished, tmp_path, monkeypatch):
+    def test_a_checkpoint_goes_on_elsewhere_and_stays_as_it_was(self, tiny, finished, tmp_path, monkeypatch):
         stopped_run(tiny, monkeypatch, "SGD", tmp_path / "run", 2)
         before = contents(tmp_path / "run")
         source = tmp_path / "run" / "checkpoint.pt"
