@@ -201,9 +201,10 @@ class TestDownloaded:
     def test_a_missing_or_corrupt_file_is_one_sentence_that_says_what_to_do(
         self, dataset, file, missing, tmp_path, monkeypatch
     ):
-        (write_svhn if dataset == "SVHN" else write_archive)(
-            *(() if dataset == "SVHN" else (dataset,)), tmp_path, monkeypatch
-        )
+        if dataset == "SVHN":
+            write_svhn(tmp_path, monkeypatch)
+        else:
+            write_archive(dataset, tmp_path, monkeypatch)
         archive = tmp_path / file
         content = archive.read_bytes()
         archive.unlink() if missing else archive.write_bytes(content[:-100])
