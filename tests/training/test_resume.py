@@ -319,20 +319,6 @@ class TestResume:
         assert_same_run(save, finished["SGD"][0])
 
 
-@pytest.mark.parametrize(
-    ("allowed", "capability", "kind"),
-    [(True, (8, 0), "TF32"), (True, (7, 5), "float32"), (False, (9, 0), "float32")],
-)
-def test_a_gpu_that_has_tf32_convolves_in_it(allowed, capability, kind, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with torch.backends.cudnn.flags(allow_tf32=allowed):
-        assert utils.environment(torch.device("cuda"))["float32_convolutions"] == kind
-        with utils.repeatable():
-            assert torch.backends.cudnn.allow_tf32
-            assert not torch.backends.cuda.matmul.allow_tf32
-
-
 # ------------------------------------------------------------------- what shows only the second or third time
 
 
@@ -347,27 +333,6 @@ def test_the_checkpoint_before_is_always_the_last_but_one(tiny, tmp_path, monkey
     monkeypatch.setattr(main, "save_checkpoint", save_and_look)
     assert call(*tiny("SGD", save, "--epochs", 4)).code == 0
     assert seen == [[1], [1, 2], [2, 3], [3, 4]]  # checkpoint.previous.pt, checkpoint.pt
-
-
-class Scaler(torch.amp.GradScaler):
-    """As of float16 on a GPU: its first loss overflows; then the scale grows every other step."""
-
-    def __init__(self, device, enabled):
-        super().__init__(device, 2.0**16, backoff_factor=2.0**-10, growth_interval=2)
-
-    def scale(self, loss):
-        return super().scale(loss) * (float("inf") if self.get_scale() == 2**16 else 1)
-
-
-@pytest.mark.parametrize("check", [1, 4])
-def test_a_run_whose_scaler_skipped_a_step_ends_with_the_same_bits(check, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    whole, save = tmp_path / "whole", tmp_path / "run"
-    assert call(*tiny("SGDG", whole))[::2] == (0, "")
-    stopped_run(tiny, monkeypatch, "SGDG", save, check)
-    resume(save)
-    assert_same_run(save, whole)
-    assert load(save)["scaler"]["scale"] == 2**6 * 2 * 2  # after five good steps
 
 
 def test_the_probe_takes_the_mean_over_steps_and_over_layers_and_starts_anew():
