@@ -181,7 +181,6 @@ def kill_at(monkeypatch, moment, rank):
     monkeypatch.setattr(main, "save", lambda t: (save(t), saved()))
 
 
-@pytest.mark.timeout(300)  # a connection that times out would take half an hour
 def test_killed_at_every_moment_of_an_epoch_it_ends_with_the_same_bits(tiny, ranks, tmp_path, monkeypatch):
     """The process that is left says so in one sentence, and the last checkpoint is whole."""
     whole, save = tmp_path / "whole", tmp_path / "killed"
