@@ -3,9 +3,9 @@
     python scripts/convert_authors.py model.pt7 DIR --depth 28 --width 10 --optim_method SGDG [more flags]
     python main.py --resume DIR [--eval]
 
-The file holds no options: give the network's, the method's and the data's, as for main.py. Its weights and
-running averages are taken, its number of epochs, and its optimizer's state where that fits: the groups' weights
-are expected in the order of the weights in the file. The history of the epochs is not in the file.
+The file holds no options: give the network's, the method's and the data's, as for main.py. Its weights,
+running averages and number of epochs are taken, and its optimizer's state where that fits: the weights of
+each group are expected in the order that they have in the file. What the epochs gave is not in the file.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def load_authors(t: Training, path: Path) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         advice = "check --model, --depth, --width and --dataset"
-        raise utils.UserError(f"{path} cannot be read as the authors' checkpoint ({reason}); {advice}") from error
+        what = f"{path} cannot be read as the authors' checkpoint"
+        raise utils.UserError(f"{what} ({reason}); {advice}") from error
     try:
         t.optimizer.load_state_dict(optimizer_state(t, theirs["optimizer"], list(params)))
         print("the optimizer's state is taken over")
@@ -56,7 +57,7 @@ def load_authors(t: Training, path: Path) -> None:
 
 
 def optimizer_state(t: Training, theirs: dict, order: list[str]) -> dict:
-    """The authors' state dict with our groups; `order`: the names of the weights as their groups have them."""
+    """The authors' state dict with our groups; `order`: names of the weights as their groups have them."""
     names = {p: name for name, p in t.model.named_parameters()}
     number = {p: i for i, p in enumerate(p for group in t.optimizer.param_groups for p in group["params"])}
     state, groups = {}, []

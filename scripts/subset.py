@@ -1,10 +1,10 @@
-"""Takes the first pictures of each class out of a folder of pictures, for training that a CPU can do.
+"""Takes the first images of each class out of a folder of images, for training that a CPU can do.
 
     python scripts/subset.py SOURCE TARGET --train 100 --test 100
 
-Both are folders as `main.py --dataset folder` reads them. The pictures are copied byte for byte, in the order
-of their names, so that everyone with the same SOURCE gets the same TARGET; the SHA-256 of its pictures stands
-in the config.json of each run.
+Both are folders as `main.py --dataset folder` reads them. The images are copied byte for byte, in the order
+of their names, so that everyone with the same SOURCE gets the same TARGET; each run's config.json has the
+SHA-256 of its images.
 """
 
 import argparse
@@ -13,25 +13,13 @@ import sys
 from pathlib import Path
 
 
-def first_pictures(source: Path, counts: dict[str, int]) -> list[Path]:
-    """Paths below `source` of the first so many pictures of each class, for each part ("train", "test").
-
-    Raises:
-        ValueError: a part is missing or has no classes, or a class has fewer pictures.
-    """
-    chosen = []
-    for part, count in counts.items():
-        if not (source / part).is_dir():
-            raise ValueError(f"{source / part} is no directory; it should hold one folder for each class")
-        classes = sorted(path for path in (source / part).iterdir() if path.is_dir() and path.name[0] != ".")
-        if not classes:
-            raise ValueError(f"{source / part} holds no folders of pictures")
-        for directory in classes:
-            pictures = sorted(path for path in directory.iterdir() if path.name[0] != ".")
-            if len(pictures) < count:
-                raise ValueError(f"{directory} holds {len(pictures)} pictures, fewer than {count}")
-            chosen += [path.relative_to(source) for path in pictures[:count]]
-    return chosen
+def first_images(folder: Path, count: int) -> list[Path]:
+    """The first so many images of each class, by name; ValueError or OSError where there are not so many."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    chosen = [sorted(path for path in c.iterdir() if path.name[0] != ".")[:count] for c in classes]
+    if count < 1 or not classes or any(len(images) < count for images in chosen):
+        raise ValueError(f"{folder} should hold one folder for each class, each with at least {count} images")
+    return [path for images in chosen for path in images]
 
 
 def main() -> int:
@@ -43,17 +31,17 @@ def main() -> int:
         parser.add_argument(f"--{part}", type=int, required=True, metavar="N", help="of each class")
     args = parser.parse_args()
     try:
-        if min(args.train, args.test) < 1:
-            raise ValueError("--train and --test must be at least 1")
-        chosen = first_pictures(args.source, {"train": args.train, "test": args.test})
+        counts = {"train": args.train, "test": args.test}
+        chosen = [path for part, count in counts.items() for path in first_images(args.source / part, count)]
         args.target.mkdir(parents=True)
         for path in chosen:
-            (args.target / path.parent).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(args.source / path, args.target / path)
+            copy = args.target / path.relative_to(args.source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     except (OSError, ValueError) as error:
         print(f"subset.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(chosen):,} pictures in {args.target}")
+    print(f"{len(chosen):,} images in {args.target}")
     return 0
 
 

@@ -12,9 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
+from queue import SimpleQueue
+from threading import RLock
+
+DECIDED = "--(model|depth|width|dataset|optim_method|seed|epochs|epoch_step|save|resume)(=|$)"  # by the sweep
 
 
 def setting(name: str, default: str, form: str, meaning: str, most: int = 9999) -> list[str]:
@@ -25,23 +30,13 @@ def setting(name: str, default: str, form: str, meaning: str, most: int = 9999) 
     return words
 
 
-def model_flags(model: str) -> list[str]:
-    """main.py's flags for vgg-13 or wrn-28-10."""
-    kind, depth, *width = model.split("-")
-    if kind == "wrn" and (int(depth) < 10 or int(depth) % 6 != 4):
-        raise ValueError(f"MODELS: {model} is not known; a Wide ResNet has depth 6n+4, such as 10, 16 or 28")
-    resnet = ["--model", "resnet", "--depth", depth, "--width", *width]
-    return resnet if kind == "wrn" else ["--model", f"vgg{depth}"]
-
-
 def make_cells(script, models, datasets, epochs, drops, flags) -> tuple[dict[Path, list[str]], int]:
     """Run directory -> command, seed by seed, so that a table fills evenly; and the number of epochs."""
-    decided = "--(model|depth|width|dataset|optim_method|seed|epochs|epoch_step|save|resume)(=|$)"
-    if wrong := [flag for flag in flags if re.match(decided, flag)]:
+    if wrong := [flag for flag in flags if re.match(DECIDED, flag)]:
         raise ValueError(f"{wrong[0]} after -- would override the sweep: set MODELS, DATASETS, ... or EPOCHS")
-    network = "vgg-1[1369]|wrn-[1-9][0-9]{0,3}-[1-9][0-9]{0,3}"
-    models = setting("MODELS", models, network, "networks such as vgg-13 or wrn-28-10")
-    datasets = setting("DATASETS", datasets, datasets.replace(" ", "|"), f"data sets out of {datasets}")
+    models = setting("MODELS", models, r"vgg-1[1369]|wrn-\d+-\d+", "networks such as vgg-13 or wrn-28-10")
+    known = f"{datasets} digits folder"
+    datasets = setting("DATASETS", datasets, known.replace(" ", "|"), f"data sets out of {known}")
     methods = setting("METHODS", "SGD SGDG AdamG", "SGD|SGDG|AdamG", "methods out of SGD SGDG AdamG")
     seeds = setting("SEEDS", "0 1 2 3 4", "0|[1-9][0-9]{0,17}", "whole numbers from 0")
     epochs = int(*setting("EPOCHS", epochs, "[1-9][0-9]{0,5}", "a whole number from 1", most=1))
@@ -49,9 +44,12 @@ def make_cells(script, models, datasets, epochs, drops, flags) -> tuple[dict[Pat
     schedule = ["--epochs", str(epochs), "--epoch_step", str(drops).replace(" ", ""), "--resume", "auto"]
     cells = {}
     for seed, dataset, model, method in product(seeds, datasets, models, methods):
+        kind, depth, *width = model.split("-")
+        resnet = ["--model", "resnet", "--depth", depth, "--width", *width]
+        network = resnet if kind == "wrn" else ["--model", f"vgg{depth}"]
         save = Path("logs", Path(script).name.split("_")[0], dataset, model, method, f"seed{seed}")
         cell = ["--dataset", dataset, "--optim_method", method, "--seed", seed, "--save", str(save)]
-        cells[save] = [sys.executable, "main.py", *model_flags(model), *cell, *schedule, *flags]
+        cells[save] = [sys.executable, "main.py", *network, *cell, *schedule, *flags]
     return cells, epochs
 
 
@@ -68,59 +66,75 @@ def finished(directory: Path, epochs: int) -> bool:
 def say(text: str, stream: int = 1) -> None:
     """A line, also to a terminal that is gone: the runs must still be asked to stop and waited for."""
     with suppress(OSError):
-        os.write(stream, f"{text}\n".encode())
+        os.write(stream, f"{text}\n".encode(errors="replace"))
 
 
-def run_all(cells: dict[Path, list[str]], epochs: int, skip: bool, slots: list[dict[str, str]]):
+def run_all(cells: dict[Path, list[str]], epochs: int, slots: list[dict[str, str]]) -> tuple[list, list]:
     """Run the cells, one at a time in each slot (its environment); returns the failures and the signals."""
-    signals, answered, failures, queue, running = [], 0, [], list(cells), {}
+    signals, processes, free, starting = [], [], SimpleQueue(), RLock()
+    for slot in slots:
+        free.put(slot)
+
+    def handle(number: int, _frame) -> None:
+        if signals and number == signal.SIGHUP:  # a lost terminal may send it twice
+            return
+        signals.append(number)
+        if len(signals) == 1:
+            say(f"signal {number}: waiting for the runs' checkpoints (once more to end them at once)", 2)
+        with starting:
+            for process in processes:
+                process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+
+    def run_cell(directory: Path) -> str:
+        output, failure, slot = directory / "output.txt", "", free.get()
+        try:
+            with starting:
+                if signals:
+                    return ""
+                say(f"{time.strftime('%T')} start    {directory}")
+                directory.mkdir(parents=True, exist_ok=True)
+                with output.open("ab") as file:
+                    # A session of its own: Ctrl-C and a lost terminal do not reach it, it is asked just once.
+                    own = {"env": os.environ | slot, "stdin": subprocess.DEVNULL, "start_new_session": True}
+                    process = subprocess.Popen(cells[directory], stdout=file, stderr=file, **own)
+                processes.append(process)
+            if (code := process.wait()) and not signals:
+                failure = f"failed with exit code {code if code > 0 else 128 - code}: {output}: "
+                failure += "".join(output.read_text(errors="replace").splitlines()[-1:])
+        except OSError as error:
+            failure += str(error)
+        finally:
+            free.put(slot)
+        state = "failed  " if failure else "finished" if finished(directory, epochs) else "stopped "
+        say(f"{time.strftime('%T')} {state} {directory}")
+        return failure
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda received, _: signals.append(signal.Signals(received)))
-    recorded = 'mkdir -p "$0" && exec "$@" >>"$0/output.txt" 2>&1 </dev/null'  # cannot: a failed run
-    while running or (queue and not signals):
-        for slot, variables in enumerate(slots):
-            if slot in running and running[slot][1].poll() is not None:
-                directory, process = running.pop(slot)
-                state, code = "finished" if finished(directory, epochs) else "stopped ", process.returncode
-                if code and not signals:
-                    state, output = "failed  ", f"{directory}/output.txt"
-                    last_line = subprocess.getoutput(shlex.join(["tail", "-n", "1", output]))
-                    failures.append(
-                        f"failed with exit code {code if code > 0 else 128 - code}: {output}: {last_line}"
-                    )
-                say(f"{time.strftime('%T')} {state} {directory}")
-            while slot not in running and queue and not signals:
-                if not (finished(directory := queue.pop(0), epochs) and skip):
-                    say(f"{time.strftime('%T')} start    {directory}")
-                    # A session of its own: Ctrl-C and a lost terminal do not reach it, it is asked just once.
-                    command, own = (
-                        ["sh", "-c", recorded, directory, *cells[directory]],
-                        os.environ | variables,
-                    )
-                    running[slot] = directory, subprocess.Popen(command, env=own, start_new_session=True)
-        for number in signals[answered:]:
-            if answered == 0:
-                say(f"{number.name}: waiting for the runs' checkpoints (once more to end them at once)", 2)
-            for _, process in running.values():
-                if answered == 0 or number != signal.SIGHUP:  # a lost terminal may send it twice
-                    process.send_signal(signal.SIGKILL if answered else signal.SIGTERM)
-            answered += 1
-        time.sleep(0.05)
-    return failures, signals
+            signal.signal(number, handle)
+    with ThreadPoolExecutor(len(slots)) as pool:
+        return [failure for failure in pool.map(run_cell, cells) if failure], signals
+
+
+def visible_gpus() -> list[str]:
+    """All, or of CUDA_VISIBLE_DEVICES those before the first that is none, as CUDA reads it."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return re.findall(r"^GPU (\d+):", subprocess.getoutput("nvidia-smi -L"), re.M)
+    return list(takewhile(re.compile(r"\d+$|(GPU|MIG)-").match, named.split(",")))
 
 
 def main(script: str, models: str, datasets: str, epochs: str, drops: str, *words: str) -> int:
     """The sweep of a table script; returns the exit code."""
-    end = (*words, "--").index("--")
-    if wrong := [word for word in words[:end] if word != "--print"]:
-        raise ValueError(f"{wrong[0]} is not known: --print, --help, and after -- flags for main.py")
-    cells, last = make_cells(script, models, datasets, epochs, drops, flags := words[end + 1 :])
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        gpus = re.findall(r"^GPU (\d+):", subprocess.getoutput("nvidia-smi -L"), re.M)
-    else:  # as CUDA reads it: those before the first -1
-        gpus = [gpu for gpu in re.sub("(^|,)-.*", "", named).split(",") if gpu]
-    jobs = int(*setting("JOBS", str(len(gpus) or 1), "[1-9][0-9]{0,3}", "a whole number from 1", most=1))
+    try:
+        end = (*words, "--").index("--")
+        if wrong := [word for word in words[:end] if word != "--print"]:
+            raise ValueError(f"{wrong[0]} is not known: --print, --help, and after -- flags for main.py")
+        cells, last = make_cells(script, models, datasets, epochs, drops, flags := words[end + 1 :])
+        gpus = visible_gpus()
+        jobs = int(*setting("JOBS", str(len(gpus) or 1), "[1-9][0-9]{0,3}", "a whole number from 1", most=1))
+    except ValueError as error:
+        say(f"{Path(script).name}: error: {error}", 2)
+        return 2
     if "--print" in words[:end]:
         for command in cells.values():
             say(f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}")
@@ -128,23 +142,20 @@ def main(script: str, models: str, datasets: str, epochs: str, drops: str, *word
     if not gpus and not os.environ.get("OMP_NUM_THREADS"):  # each run's share of the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     slots = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
-    done = [finished(directory, last) for directory in cells]
-    say(f"{sum(done)} of {len(done)} runs are finished; {jobs} at once, on {len(gpus)} GPUs (0: the CPU)")
-    failures, signals = run_all(cells, last, not flags, slots)
+    done = [directory for directory in cells if finished(directory, last)]
+    say(f"{len(done)} of {len(cells)} runs are finished; {jobs} at once, on {len(gpus)} GPUs (0: the CPU)")
+    # With flags of its own main.py judges finished runs, too: they may be of other flags.
+    failures, signals = run_all({d: cells[d] for d in cells if flags or d not in done}, last, slots)
+    done = [directory for directory in cells if finished(directory, last)]
     for failure in failures:
         say(failure, 2)
-    done = [finished(directory, last) for directory in cells]
-    say(f"{sum(done)} of {len(done)} runs are finished, {len(failures)} failed")
-    if not all(done):
-        settings = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
-        given = [f"{name}={shlex.quote(os.environ[name])} " for name in settings if name in os.environ]
+    say(f"{len(done)} of {len(cells)} runs are finished, {len(failures)} failed")
+    if len(done) < len(cells):
+        names = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
+        given = [f"{name}={shlex.quote(os.environ[name])} " for name in names if name in os.environ]
         say(f"to continue: {''.join(given)}bash {shlex.join([script, *words])}")
     return 128 + signals[0] if signals else min(len(failures), 1)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except ValueError as error:  # of what the user set
-        say(f"{Path(sys.argv[1]).name}: error: {error}", 2)
-        sys.exit(2)
+    sys.exit(main(*sys.argv[1:]))

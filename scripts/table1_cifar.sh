@@ -8,7 +8,7 @@
 # --print prints the commands instead, one per line. Environment variables narrow it; lists have spaces:
 #
 #     MODELS    vgg-N or wrn-D-K               "vgg-13 vgg-19 wrn-28-10 wrn-40-10"
-#     DATASETS                                 "CIFAR10 CIFAR100"
+#     DATASETS  or digits, to try it           "CIFAR10 CIFAR100"
 #     METHODS                                  "SGD SGDG AdamG"
 #     SEEDS                                    "0 1 2 3 4"
 #     EPOCHS    the learning rates drop after 30, 60 and 80% of them: 200

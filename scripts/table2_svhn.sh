@@ -1,18 +1,10 @@
 #!/usr/bin/env bash
 # The paper's table of SVHN: VGG-13, VGG-19, WRN-16-4 and WRN-22-8 with SGD, SGD-G and Adam-G, seeds 0 to 4:
-# 60 runs, each in logs/table2/SVHN/<model>/<method>/seed<k>.
+# 60 runs of 160 epochs, each in logs/table2/SVHN/<model>/<method>/seed<k>.
 #
 #     bash scripts/table2_svhn.sh [--print] [-- FLAGS FOR EACH main.py]
 #
-# The same command again skips what is finished, continues what was interrupted and tries again what failed.
-# --print prints the commands instead, one per line. Environment variables narrow it; lists have spaces:
-#
-#     MODELS    vgg-N or wrn-D-K               "vgg-13 vgg-19 wrn-16-4 wrn-22-8"
-#     DATASETS                                 "SVHN"
-#     METHODS                                  "SGD SGDG AdamG"
-#     SEEDS                                    "0 1 2 3 4"
-#     EPOCHS    the learning rates drop after 37.5 and 75% of them: 160
-#     JOBS      runs at once, by turns on the GPUs, or sharing the CPU's cores: one for each GPU, or 1
+# All else is as `bash scripts/table1_cifar.sh --help` says; the rates drop after 37.5 and 75% of the epochs.
 set -euo pipefail
 script=$(realpath "$0")
 cd "$(dirname "$script")/.."

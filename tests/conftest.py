@@ -1,7 +1,13 @@
 """Fixtures: a tiny data set, finished runs of it, and no network."""
 
+import sys
 import urllib.error
+from importlib.util import find_spec
 from pathlib import Path
+
+if missing := [name for name in ("pytest", "torch", "cv2", "hypothesis", "geoopt") if not find_spec(name)]:
+    needed = "pip install -r requirements.txt -r requirements-test.txt"
+    sys.exit(f"the tests need {', '.join(missing)}: {needed}")
 
 import pytest
 from helpers import METHODS, Outcome, call, make_images

@@ -1,4 +1,4 @@
-"""scripts/subset.py: the first pictures of each class, the same ones for everyone."""
+"""scripts/subset.py: the first images of each class, the same ones for everyone."""
 
 import sys
 
@@ -12,12 +12,12 @@ def take(monkeypatch, *words):
     return subset.main()
 
 
-def test_takes_the_first_pictures_of_each_class_by_name(pictures_root, tmp_path, monkeypatch, capsys):
-    assert take(monkeypatch, pictures_root, tmp_path / "few", "--train", 5, "--test", 2) == 0
-    assert "21 pictures" in capsys.readouterr().out
+def test_takes_the_first_images_of_each_class_by_name(images_root, tmp_path, monkeypatch, capsys):
+    assert take(monkeypatch, images_root, tmp_path / "few", "--train", 5, "--test", 2) == 0
+    assert "21 images" in capsys.readouterr().out
     expected = {
-        name: picture
-        for name, picture in contents(pictures_root).items()
+        name: image
+        for name, image in contents(images_root).items()
         if int(name[-6:-4]) < (5 if name.startswith("train") else 2)
     }
     assert contents(tmp_path / "few") == expected
@@ -28,16 +28,15 @@ def test_takes_the_first_pictures_of_each_class_by_name(pictures_root, tmp_path,
 @pytest.mark.parametrize(
     ("source", "train", "test", "message"),
     [
-        ("pictures", 17, 1, "holds 16 pictures, fewer than 17"),
-        ("pictures", 0, 1, "at least 1"),
-        ("pictures/train", 1, 1, "is no directory"),
-        ("nowhere", 1, 1, "is no directory"),
+        ("images", 17, 1, "train should hold one folder for each class, each with at least 17 images"),
+        ("images", 1, 0, "test should hold"),
+        ("images/train/class0", 1, 1, "class0/train"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(
-    source, train, test, message, pictures_root, tmp_path, monkeypatch, capsys
+    source, train, test, message, images_root, tmp_path, monkeypatch, capsys
 ):
-    words = [pictures_root.parent / source, tmp_path / "few", "--train", train, "--test", test]
+    words = [images_root.parent / source, tmp_path / "few", "--train", train, "--test", test]
     assert take(monkeypatch, *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("subset.py: error: ")
@@ -46,7 +45,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(
     assert not (tmp_path / "few").exists()
 
 
-def test_what_is_there_is_left_alone(pictures_root, tmp_path, monkeypatch, capsys):
-    assert take(monkeypatch, pictures_root, tmp_path, "--train", 1, "--test", 1) == 2
+def test_what_is_there_is_left_alone(images_root, tmp_path, monkeypatch, capsys):
+    assert take(monkeypatch, images_root, tmp_path, "--train", 1, "--test", 1) == 2
     assert "exists" in capsys.readouterr().err
     assert contents(tmp_path) == {}

@@ -1,35 +1,33 @@
-"""Tables from run directories: what may be in a cell, what is compared and shown, and what is left out."""
+"""Tables and figures from run directories: what may be in a cell, what is shown, drawn, and left out."""
 
-import contextlib
 import csv
-import io
 import json
 import os
-import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import figures
 import pytest
-import runs
 import summarize
 from helpers import ROOT
+from matplotlib.figure import Figure
 
-import options
+import utils
 
 OPTIONS = {
     "dataset": "digits", "dataset_name": None, "model": "resnet", "depth": 10, "width": 1, "dtype": "float32",
     "seed": 0, "epochs": 5, "epoch_step": [], "lr_decay_ratio": 0.2, "batch_size": 128, "momentum": 0.9,
     "weight_decay": 5e-4, "bn_decay": 0.0, "omega": 0.1, "grad_clip": 0.1, "dropout": 0.3, "device": "cpu",
-    "optim_method": "SGD", "lr": 0.1, "lrg": None, "nthread": 1,
+    "optim_method": "SGD", "lr": 0.1, "lrg": None, "nthread": 1, "select": "shape", "holdout": 0,
 }  # fmt: skip
-RATES = {"SGD": {}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
+RATES = {"SGD": {"select": None}, "SGDG": {"lr": 0.01, "lrg": 0.2}, "AdamG": {"lr": 0.01, "lrg": 0.05}}
 DIGITS = {"name": "digits", "train_images": 1437, "test_images": 360, "sha256": "a" * 64}
 CIFAR10 = {"name": "CIFAR10", "train_images": 50_000, "test_images": 10_000, "sha256": "c" * 64}
 PAPER_RUN = {"dataset": "CIFAR10", "epochs": 200, "epoch_step": [60, 120, 160]}
+# Three phases, the third of one epoch less than three.
+FALLING = [9.0, 8.0, 2.0, 1.5, 1.0, 0.9, 0.5, 0.4, 0.3, 0.3, 0.2]
+DROPS = {"epoch_step": [5, 9]}
 
 
 @pytest.fixture(autouse=True)
@@ -38,29 +36,28 @@ def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The paths of the figures that would have been written, without the time that drawing takes."""
-    paths = set()
-    monkeypatch.setattr(figures, "draw_row", lambda row, path, x: paths.add(str(path)))
-    monkeypatch.setattr(figures, "draw_losses", lambda section, path, x: paths.add(str(path)))
-    monkeypatch.setattr(figures, "draw_paper", lambda path, curves, drops: paths.add(str(path)))
-    return paths
-
-
 def write_run(
-    name, error, method="SGD", *, data=DIGITS, model="wrn-10-1", written=None, losses=None, **changes
+    name,
+    error,
+    method="SGD",
+    *,
+    data=DIGITS,
+    model="wrn-10-1",
+    written=None,
+    losses=None,
+    config=(),
+    **changes,
 ):
     """A run whose test error falls to `error` in the last epoch, with a better epoch just before it.
 
-    losses: of all its epochs; they fall to a hundredth of the error if not given.
+    losses: of all its epochs; they fall to a hundredth of the error if not given. config: more entries.
     """
     changes |= {"epochs": len(losses)} if losses else {}
     options = OPTIONS | {"optim_method": method} | RATES[method] | changes
     path = Path(name)
     path.mkdir(parents=True)
-    config = {"options": options, "model": model, "data": data, "device": "x86_64 CPU"}
-    (path / "config.json").write_text(json.dumps(config))
+    entries = {"options": options, "model": model, "data": data, "device": "x86_64 CPU"} | dict(config)
+    (path / "config.json").write_text(json.dumps(entries))
     with (path / "log.txt").open("w") as log:
         for epoch in range(1, (options["epochs"] if written is None else written) + 1):
             left = options["epochs"] - epoch
@@ -68,7 +65,7 @@ def write_run(
             loss = losses[epoch - 1] if losses else error / 100 + left
             record = {"epoch": epoch, "train_loss": loss, "test_acc": 100 - now}
             record |= {"train_time": 2.0, "test_time": 1.0, "images_per_sec": 600.0 + 100 * error + left}
-            log.write(f"json_stats: {json.dumps(options | record)}\n")
+            log.write(f"json_stats: {json.dumps(record)}\n")
     return path
 
 
@@ -77,43 +74,56 @@ def write_seeds(name, errors, *arguments, **changes):
         write_run(f"{name}/seed{seed}", error, *arguments, seed=seed, **changes)
 
 
-def show(*arguments):
-    """What the program prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+@pytest.fixture
+def show(capsys):
+    """show(*arguments): what the program prints."""
+
+    def printed(*arguments):
+        capsys.readouterr()
         summarize.main([*arguments])
-    return out.getvalue()
+        return capsys.readouterr().out
+
+    return printed
 
 
-def cells(*directories):
-    """The lines of the CSV file for these directories."""
-    show(*directories, "--csv", "table.csv")
-    with open("table.csv") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def cells(show):
+    """cells(*directories): the lines of the CSV file for these."""
+
+    def written(*directories):
+        show(*directories, "--csv", "table.csv")
+        with open("table.csv") as file:
+            return list(csv.DictReader(file))
+
+    return written
 
 
-def columns(line):
-    """The cells of a line of a Markdown table."""
-    return [column.strip() for column in re.split(r"(?<!\\)\|", line)[1:-1]]
+@pytest.fixture
+def page(show):
+    """page(*directories): the tables of the page for these, as lists of {head: text}, and its text."""
+
+    def written(*arguments):
+        Path("page.md").unlink(missing_ok=True)
+        show(*arguments, "--markdown", "page.md")
+        text, tables = Path("page.md").read_text(), []
+        for found in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            heads, _, *lines = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in found.splitlines()]
+            tables.append([dict(zip(heads, line, strict=True)) for line in lines])
+        return tables, text
+
+    return written
 
 
-def table_after(text, note):
-    """The table below the paragraph that begins with `note`, a dict for each line; None if there is none."""
-    found = re.search(rf"^{note}.*?\n\n(\|.*?\n)\n", text, re.S | re.M)
-    heads, _, *lines = map(columns, found[1].splitlines()) if found else ([], [])
-    return [dict(zip(heads, line, strict=True)) for line in lines] if found else None
+# Cells
 
 
-def test_a_cell_is_the_median_of_its_seeds_last_epochs():
+def test_a_cell_is_the_median_of_its_seeds_last_epochs(cells, show):
     write_seeds("runs/SGD", (4.0, 3.0, 9.0, 3.5, 5.0))
     (cell,) = cells("runs")
-    assert [float(cell[name]) for name in ("test_error", "min", "max")] == pytest.approx([4.0, 3.0, 9.0])
-    assert (cell["runs"], cell["unfinished"]) == ("5", "0")
-    assert float(cell["train_loss"]) == pytest.approx(0.04)  # the last epoch's
-    assert float(cell["images_per_sec"]) == pytest.approx(1002)  # the median epoch's
-    text = show("runs")
-    assert "4.00 (3.00 to 9.00, n = 5)" in text
-    assert text.count("missing") == 2  # the other methods
+    assert [float(cell[name]) for name in ("test_error", "min", "max")] == [4.0, 3.0, 9.0]
+    assert (cell["runs"], cell["unfinished"], cell["experiment"]) == ("5", "0", "")
+    assert float(cell["images_per_sec"]) == 1002  # the median epoch's
+    assert "4.00 (3.00 to 9.00, n = 5)" in show("runs")
 
 
 @pytest.mark.parametrize("other", [
@@ -121,289 +131,217 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs():
     {"epochs": 6}, {"epoch_step": [1, 3]}, {"lr_decay_ratio": 0.1}, {"batch_size": 64}, {"holdout": 100},
     {"lr": 0.2}, {"lrg": 0.1}, {"momentum": 0.8}, {"weight_decay": 0.0}, {"bn_decay": 5e-4}, {"omega": 0.0},
     {"grad_clip": None}, {"select": "measured"}, {"dropout": 0.0}, {"an_option_of_the_future": 1},
+    {"sync_bn": True}, {"config": {"processes": 2}}, {"config": {"weights_from": "logs/other"}},
+    {"config": {"float32_convolutions": "TF32"}}, {"config": {"device": "NVIDIA H200"}},
 ], ids=str)  # fmt: skip
-def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(other):
+def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(cells, other):
+    """Of devices the older runs, which do not say that a GPU's convolutions have another precision."""
     write_run("runs/a", 4.0, "AdamG")
     write_run("runs/b", 8.0, "AdamG", **({"seed": 1} | other))
-    assert sorted(float(cell["test_error"]) for cell in cells("runs")) == pytest.approx([4.0, 8.0])
+    assert sorted(float(cell["test_error"]) for cell in cells("runs")) == [4.0, 8.0]
 
 
-def test_where_and_how_fast_a_run_ran_does_not_split_a_cell():
+def test_where_and_how_fast_a_run_ran_does_not_split_a_cell(cells):
     write_run("here/a", 4.0)
-    write_run("there/b", 8.0, seed=1, device="cuda", nthread=4)
+    write_run("there/b", 8.0, seed=1, device="cuda", nthread=4, config={"float32_convolutions": "float32"})
     (cell,) = cells("here", "there")
     assert cell["runs"] == "2"
 
 
-def test_runs_of_one_process_and_of_several_are_apart():
-    """Their batch normalization sees the whole batch or a slice of it."""
-    write_run("runs/one", 10.0)
-    path = write_run("runs/two", 20.0, seed=1) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
-    out = show("runs")
-    assert len(cells("runs")) == 2
-    assert "x86_64 CPU (2 processes)" in out
+@pytest.mark.parametrize(("option", "default"), [("holdout", 0), ("select", "shape"), ("sync_bn", False)])
+def test_a_run_from_before_an_option_has_its_default(cells, option, default):
+    path = write_run("runs/older", 4.0, "SGDG") / "config.json"
+    config = json.loads(path.read_text())
+    config["options"].pop(option, None)
+    path.write_text(json.dumps(config))
+    write_run("runs/today", 8.0, "SGDG", seed=1, **{option: default})
+    (cell,) = cells("runs")
+    assert cell["runs"] == "2"
 
 
-def test_an_unfinished_run_is_shown_but_not_counted():
+def test_an_unfinished_run_is_named_but_not_counted(cells, show):
     write_run("runs/SGD/seed0", 4.0)
     write_run("runs/SGD/seed1", 1.0, seed=1, written=4)
     write_run("runs/SGDG/seed0", 1.0, "SGDG", written=3)
     write_run("runs/SGDG/seed1", 1.0, "SGDG", seed=1, written=2)  # the cell tells of the one that got further
     (write_run("runs/AdamG/seed0", 1.0, "AdamG") / "log.txt").unlink()  # it has just begun
     found = {cell["method"]: cell for cell in cells("runs")}
-    assert float(found["SGD"]["test_error"]) == pytest.approx(4.0)
-    assert (found["SGD"]["runs"], found["SGD"]["unfinished"]) == ("1", "1")
-    assert (found["SGD-G"]["runs"], found["SGD-G"]["test_error"]) == ("0", "")
-    text = show("runs")
-    assert ("unfinished (3 of 5 epochs)" in text, "unfinished (2 of 5 epochs)" in text) == (True, False)
-    assert "unfinished (0 of 5 epochs)" in text
-    assert "- runs/SGD/seed1: unfinished, 4 of 5 epochs" in text
+    assert [(found[m]["runs"], found[m]["unfinished"]) for m in ("SGD", "SGD-G")] == [("1", "1"), ("0", "2")]
+    assert (float(found["SGD"]["test_error"]), found["SGD-G"]["test_error"]) == (4.0, "")
+    tables, named = show("runs").split("Not counted:")
+    assert re.findall(r"epoch \d of \d", tables) == ["epoch 3 of 5", "epoch 0 of 5"]
+    assert "- runs/SGD/seed1: unfinished, epoch 4 of 5" in named
 
 
-def test_a_line_that_is_being_written_is_ignored():
+def test_a_line_that_is_being_written_is_ignored(show):
     log = write_run("runs/SGD", 4.0) / "log.txt"
     whole = log.read_text()
     last = whole.splitlines(keepends=True)[-1]
-    for missing in range(1, len(last), 97):  # also with nothing missing but the line end
+    for missing in range(1, len(last), 37):  # also with nothing missing but the line end
         log.write_text(whole[:-missing])
-        assert "unfinished (4 of 5 epochs)" in show("runs")
+        assert "unfinished, epoch 4 of 5" in show("runs")
 
 
-def test_epochs_are_in_order_whatever_the_logs(tmp_path):
-    log = write_run("runs/SGD", 4.0) / "log.txt"
-    expected = show("runs")
-    log.write_text("".join(reversed(log.read_text().splitlines(keepends=True))))
-    assert show("runs") == expected
-
-
-def test_methods_stand_side_by_side_with_the_best_in_bold_and_gaps_named():
-    write_seeds("runs/SGD", (5.0, 6.0))
-    assert "**" not in show("runs")  # of one method none is the best
-    write_seeds("runs/AdamG", (4.0, 4.0), "AdamG")
-    text = show("runs")
-    (row,) = [columns(line) for line in text.splitlines() if "missing" in line]
-    assert row == ["WRN-10-1", "5.50 (5.00 to 6.00, n = 2)", "missing", "**4.00** (4.00 to 4.00, n = 2)"]
-    assert text.count("**4.00**") == 2  # in both tables
-
-
-def test_a_single_run_is_never_the_best_and_a_tie_has_two():
-    for method, error in zip(RATES, (5.0, 4.0, 6.0), strict=True):
-        write_run(f"runs/{method}/seed0", error, method)
-    assert "**" not in show("runs")
-    assert show("runs").count("WRN-10-1") == 3  # one table is enough for these
-    write_run("runs/SGD/seed1", 5.0, seed=1)
-    assert "**" not in show("runs")
-    write_run("runs/SGDG/seed1", 4.0, "SGDG", seed=1)
-    write_run("runs/AdamG/seed1", 2.001, "AdamG", seed=1)  # 4.0005: equal in what is shown
-    assert [show("runs").count(f"**{error}**") for error in ("4.00", "5.00")] == [4, 0]
-
-
-def test_two_protocols_in_two_folders_are_two_rows():
-    for method in RATES:
-        write_run(f"runs/paper/digits/wrn-10-1/{method}/seed0", 5.0, method)
-        write_run(f"runs/own/digits/wrn-10-1/{method}/seed0", 4.0, method, lr=0.05)
-    expected = [(folder, method) for folder in ("own", "paper") for method in ("SGD", "SGD-G", "Adam-G")]
-    assert [(cell["experiment"], cell["method"]) for cell in cells("runs")] == expected
-    assert "missing" not in show("runs")
-
-
-def test_networks_are_in_the_order_of_their_numbers():
-    for model in ("wrn-100-1", "wrn-28-10", "wrn-10-1", "wrn-28-2"):
-        write_run(f"runs/{model}", 4.0, model=model)
-    assert [cell["network"] for cell in cells("runs")] == ["wrn-10-1", "wrn-28-2", "wrn-28-10", "wrn-100-1"]
-
-
-def test_a_grid_of_rates_is_a_row_for_each(drawn):
-    for index, lr in enumerate((0.1, 0.2, 0.4)):
-        write_run(f"runs/{index}", 4.0 + index, lr=lr)
-    write_run("runs/g", 1.0, "SGDG")
-    found = sorted((cell["lr"], cell["runs"]) for cell in cells("runs"))
-    assert found == [("0.01", "1"), ("0.1", "1"), ("0.2", "1"), ("0.4", "1")]
-    Path("figures.v2").mkdir()  # a folder, whatever its name
-    text = show("runs", "--plots", "figures.v2")
-    assert text.count("missing") == 1 + 2 * 2  # Adam-G, and SGD-G in two rows
-    assert [text.count(f"WRN-10-1 #{number} ") for number in (1, 2, 3, 4)] == [0, 2, 2, 0]  # in both tables
-    names = ("digits-wrn-10-1", "digits-wrn-10-1-2", "digits-wrn-10-1-3", "paper-curves")
-    assert drawn == {f"figures.v2/{name}.png" for name in names}
-    with pytest.raises(SystemExit, match="3 figures"):
-        show("runs", "--plots", "one.png")
-    drawn.clear()
-    show("runs/0", "--plots", "one.png")
-    assert drawn == {"one.png"}
-
-
-def test_held_out_runs_have_a_table_of_their_own_with_the_best_set_of_each_method(drawn):
-    sets = [("SGD", 0.1, 5.0), ("SGD", 0.2, 4.0, 4.5), ("SGDG", 0.1, 7.0), ("SGDG", 0.2, 6.0)]
-    for method, lr, *errors in [*sets, ("AdamG", 0.1, 9.0, 9.5)]:
-        for seed, error in enumerate(errors):
-            write_run(f"runs/grid/{method}/lr{lr}-{seed}", error, method, lr=lr, seed=seed, holdout=100)
-    write_run("runs/result/SGD/seed0", 3.0, holdout=0)
-    results, search = show("runs", "--plots", "figures").split("choice of hyperparameters")
-    assert ("3.00" in results, "3.00" in search) == (True, False)
-    lines = [columns(line) for line in search.splitlines() if "WRN" in line]
-    assert [(line[2], line[3], *line[6:9]) for line in lines] == [
-        ("SGD", "0.1", "5.00", "", ""),
-        ("SGD", "0.2", "**4.25**", "4.00", "4.50"),
-        ("SGD-G", "0.1", "7.00", "", ""),
-        ("SGD-G", "0.2", "6.00", "", ""),
-        ("Adam-G", "0.1", "9.25", "9.00", "9.50"),  # one set is no choice
-    ]
-    assert drawn == {"figures/result-digits-wrn-10-1.png", "figures/paper-curves.png"}
-
-
-def test_a_folder_named_after_data_and_network_is_no_experiment():
-    named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
-    write_run("runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0", 4.0, **named)
-    write_run("runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
-    write_run("runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
-    write_run("runs/опыт/цифры/SGD/seed0", 7.0, data=DIGITS | {"name": "Цифры"})
-    assert [cell["experiment"] for cell in cells("runs")] == ["", "own/rates", "wrn-10-10", "опыт"]
-
-
-def test_options_besides_the_rates_are_named_where_they_differ():
-    write_run("runs/a", 4.0, dropout=0.0)
-    write_run("runs/b", 5.0, weight_decay=0.1)
-    write_run("runs/c", 5.0, "SGDG", bn_decay=0.1)  # a method's own, with nothing to differ from
-    write_run("runs/d", 5.0, "AdamG", of_the_future=1, model="wrn-16-1", depth=16)
-    write_run("runs/e", 5.0, "AdamG", of_the_future=1, model="wrn-16-1", depth=16, seed=1, select="shape")
-    write_run("runs/f", 5.0, "AdamG", of_the_future=1, model="wrn-16-1", depth=16, select="measured")
-    assert {(cell["method"], cell["runs"], cell["other_options"]) for cell in cells("runs")} == {
-        ("SGD", "1", "weight_decay 0.0005, dropout 0.0"),
-        ("SGD", "1", "weight_decay 0.1, dropout 0.3"),
-        ("SGD-G", "1", "dropout 0.3"),
-        (
-            "Adam-G",
-            "2",
-            "dropout 0.3, of_the_future 1, select shape",
-        ),  # as all older runs, which do not say it
-        ("Adam-G", "1", "dropout 0.3, of_the_future 1, select measured"),
-    }
-
-
-def test_options_that_all_runs_share_are_said_once():
-    write_run("runs/a", 4.0, omega=None, grad_clip=None, bn_decay=5e-4)
-    write_run("runs/b", 4.0, "SGDG")
-    write_run("runs/c", 4.0, "AdamG", grad_clip=None)  # off, which is not SGD's "has none"
-    write_run("runs/d", 4.0, "AdamG", grad_clip=None, select="measured")
-    shared = "momentum 0.9, weight_decay 0.0005, bn_decay 0.0005 (SGD), bn_decay 0.0 (SGD-G, Adam-G)"
-    shared += ", omega 0.1, grad_clip 0.1 (SGD-G), grad_clip None (Adam-G), dropout 0.3, select shape (SGD-G)"
-    assert f"; {shared}; device" in show("runs")
-
-
-def test_a_seed_counts_once_and_the_second_is_named():
+def test_a_seed_counts_once_and_the_second_is_named(cells, show):
     write_run("runs/first", 1.0, written=2)
     write_run("runs/second", 4.0)
-    write_run("runs/third", 4.0)
     (cell,) = cells("runs", "runs/second")  # the same folder twice is no twin
     assert (cell["runs"], cell["unfinished"]) == ("1", "0")  # the finished one counts
-    text = show("runs", "runs/second")
-    for twin in ("first", "third"):
-        assert f"- runs/{twin}: seed 0 of the same settings is there as runs/second" in text
-    assert text.count("seed 0 of the same settings") == 2
+    assert "- runs/first: seed 0 of the same settings is there as runs/second" in show("runs")
 
 
-def test_the_papers_number_stands_beside_ours_only_where_it_may():
+def test_an_experiment_is_the_folders_that_name_no_data_network_method_or_seed(cells):
+    named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
+    write_run("runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0/run", 4.0, **named)
+    write_run("runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
+    write_run("runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
+    assert [cell["experiment"] for cell in cells("runs")] == ["", "own/rates", "wrn-10-10"]
+
+
+# What is shown
+
+
+def test_options_are_named_where_they_differ_and_said_once_where_not(page):
+    write_run("runs/a", 4.0, bn_decay=5e-4)
+    write_run("runs/b", 4.0, "SGDG")
+    write_run("runs/c", 5.0, "SGDG", seed=1, dropout=0.0, config={"weights_from": "logs/a"})
+    write_run("runs/d", 5.0, "SGDG", lr=0.02)
+    ((*lines,),), text = page("runs")
+    assert [line["Other options"] for line in lines] == ["", "dropout 0.0, weights_from logs/a", "", ""]
+    assert "bn_decay 0.0 (SGD-G), bn_decay 0.0005 (SGD), convolutions float32, dropout 0.3, dtype" in text
+
+
+def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(page):
+    sets = [("SGD", 0.1, 5.0), ("SGD", 0.2, 4.0, 4.5), ("SGDG", 0.1, 7.0)]
+    for method, lr, *errors in sets:
+        for seed, error in enumerate(errors):
+            write_run(f"runs/grid/{method}/lr{lr}-{seed}", error, method, lr=lr, seed=seed, holdout=100)
+    write_run("runs/result/SGD/seed0", 3.0)
+    (results, search), text = page("runs", "--plots", "figures")
+    assert [line["Error (%)"] for line in results] == ["3.00"]
+    assert [list(line.values()) for line in search] == [
+        ["WRN-10-1, grid", "SGD", "4.25 (4.00 to 4.50, n = 2) at 0.2; 5.00 at 0.1"],
+        ["WRN-10-1, grid", "SGD-G", "7.00 at 0.1, 0.2"],
+    ]
+    assert "1,437 training and 360 held-out images" in text.split("choice of hyperparameters")[1]
+    assert sorted(os.listdir("figures")) == ["paper-curves.png", "result-digits-wrn-10-1.png"]
+
+
+def test_the_papers_number_stands_beside_ours_only_where_it_may(cells, page):
     named = {"data": CIFAR10, "model": "wrn-28-10"} | PAPER_RUN
     write_run("full/SGD/seed0", 4.0, **named)
-    write_run("short/SGD/seed0", 9.0, **named | {"epochs": 20})
-    write_run("drops/SGD/seed0", 9.0, **named | {"epoch_step": [60, 120, 180]})
-    write_run("archive/SGD/seed0", 9.0, **named | {"data": CIFAR10 | {"train_images": 500}})
     (full,) = cells("full")
-    assert (float(full["paper"]), float(full["difference"])) == pytest.approx((3.89, 0.11))
-    assert "the paper trained" not in show("full")
-    assert " +0.11 " in show("full")
-    for other in ("short", "drops"):
-        (cell,) = cells(other)
-        assert (cell["paper"], cell["difference"]) == ("3.89", "")
-        assert "the paper trained 200 epochs" in show(other)
-    (archive,) = cells("archive")
-    assert (archive["paper"], archive["difference"]) == ("", "")
+    assert (full["paper"], full["difference"]) == ("3.89", "0.11")
+    (((line),),), _ = page("full")
+    assert (line["Paper"], line["Diff."]) == ("3.89", "+0.11")
+    for name, other in {
+        "network": {"model": "wrn-10-1"},
+        "archive": {"data": CIFAR10 | {"train_images": 500}},
+        "epochs": {"epochs": 20},
+        "drops": {"epoch_step": [60, 120, 180]},
+    }.items():
+        write_run(f"{name}/SGD/seed0", 4.0, **named | other)
+        (cell,) = cells(name)
+        assert (cell["paper"], cell["difference"]) == ("", "")
 
 
-def test_the_papers_networks_that_have_not_run_are_missing():
-    write_seeds("runs", (4.0, 4.0), data=CIFAR10, model="wrn-28-10", dataset="CIFAR10")
+def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(cells, page):
+    write_run("runs/a", 4.0, losses=FALLING, **DROPS)
+    write_run("runs/b", 4.0, losses=[2 * loss for loss in FALLING], seed=1, **DROPS)
+    write_run("runs/unfinished", 4.0, losses=[9.0] * 11, seed=2, written=10, **DROPS)
+    ((line,),), _ = page("runs")
+    assert [line[f"Loss at {end}"] for end in (5, 9, 11)] == [
+        "2.25 (1.50 to 3.00)", "0.600 (0.400 to 0.800)", "0.375 (0.250 to 0.500)"
+    ]  # fmt: skip
+    (cell,) = cells("runs")
+    assert (cell["phases"], cell["train_loss"]) == ("2.25 0.6 0.375", "0.375")
+
+
+def test_a_plateau_is_the_fall_between_the_halves_of_a_phase(show):
+    """Medians of three epochs: 8, 2, 1.5, so from 2 to 1.5; then 0.9, 0.5, 0.4, so from 0.5 to 0.4."""
+    write_run("runs/a", 4.0, losses=[9.0, 8.0, 2.0, 1.5, 1.0, 0.9, 0.9, 0.5, 0.4, 0.3], epoch_step=[5])
+    assert "WRN-10-1, SGD at 0.1: plateaus (%): -25, -20" in show("runs", "--plateau")
+
+
+def test_the_terminal_has_80_columns(show):
+    named = {"data": CIFAR10, "model": "wrn-28-10"} | PAPER_RUN
+    for method, rates in {"SGD": {}, "SGDG": {"lrg": 0.0125}, "AdamG": {"dropout": 0.05}}.items():
+        write_seeds(f"runs/a-name-of-some-length/{method}", (14.0, 13.0), method, **named | rates)
+    write_run("runs/other/SGDG", 1.0, "SGDG", epochs=1)
     text = show("runs")
-    assert "4.00 (4.00 to 4.00, n = 2); paper 3.89" in text
-    absent = [columns(line)[0] for line in text.splitlines() if line.count("missing; paper") == 3]
-    assert absent == ["VGG-13", "VGG-19", "WRN-40-10"]
-    write_run("small/a", 4.0, data=CIFAR10, dataset="CIFAR10")  # WRN-10-1 is none of the paper's
-    assert "WRN-40-10" not in show("small")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "SGD     0.1           13.50 (13.00 to 14.00, n = 2)  3.89   +9.61  1.14\n" in text
+    assert " 1 epoch, learning rates are constant" in " ".join(text.split())
 
 
-def test_figures_are_drawn_and_linked():
-    write_seeds("runs/AdamG", (4.0, 4.0), "AdamG")
-    write_run("runs/AdamG/seed2", 4.0, "AdamG", seed=2, written=2)
-    write_run("runs/started", 4.0, written=0, depth=16, model="wrn-16-1")
-    show("runs", "--plots", "docs/my figures", "--markdown", "docs/results.md", "--x", "time")
-    written = {path.name: path.read_bytes() for path in Path("docs/my figures").iterdir()}
-    assert written.keys() == {"digits-wrn-10-1-time.png", "paper-curves.png"}
-    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in written.values())
-    assert "(my%20figures/digits-wrn-10-1-time.png)" in Path("docs/results.md").read_text()
+# Files
 
 
-def test_a_page_keeps_what_stands_around_the_two_marker_comments():
+def test_a_csv_has_every_digit_and_no_formula(cells):
+    for index, name in enumerate(("=1+1", "+1", "-1", "@a", "\tb", "c")):
+        write_run(f"runs/{index}", 4.0, model=name, losses=[1.23456e-5, 1.23456e-5])
+    found = cells("runs")
+    assert {cell["network"] for cell in found} == {"'=1+1", "'+1", "'-1", "'@a", "\\tb", "c"}
+    assert {cell["train_loss"] for cell in found} == {"1.23456e-05"}
+
+
+def test_a_page_keeps_what_stands_around_its_two_markers(show):
     write_run("runs/a", 4.0)
     page, begin, end = Path("page.md"), summarize.BEGIN, summarize.END
     show("runs", "--markdown", "page.md")
-    assert page.read_text().startswith("# Results\n")
-    (generated,) = re.findall(r"### digits.*", page.read_text(), re.S)
+    (generated,) = re.findall(f"{begin}\n\n(.*)\n{end}", page.read_text(), re.S)
+    assert generated.startswith("### digits")
     page.write_text(f"# By hand\n\n{begin}\nolder\n{end}\n\nBelow\n")
     for _ in range(2):  # again changes nothing
         show("runs", "--markdown", "page.md")
         assert page.read_text() == f"# By hand\n\n{begin}\n\n{generated}\n{end}\n\nBelow\n"
-    for torn in (f"by hand\n{begin}\n", f"by hand\n{end}\n", f"{end}\nby hand\n{begin}\n"):
+    for torn in (
+        "by hand\n", f"{begin}\n", f"{end}\n", f"{end}\n{begin}\n", f"{begin}\n{begin}\n{end}\n",
+        f"{begin}\n{end}\n{end}\n", f"{end}\n{begin}\n{end}\n",
+    ):  # fmt: skip
         page.write_text(torn)
-        with pytest.raises(SystemExit, match="both marker comments"):
+        with pytest.raises(SystemExit, match="it needs these two lines, once each and in this order"):
             show("runs", "--markdown", "page.md")
         assert page.read_text() == torn
 
 
-def test_the_published_tables_are_those_of_the_published_logs(tmp_path, monkeypatch, drawn):
-    text = (ROOT / "docs/results.md").read_text()
-    page = tmp_path / "results.md"
-    page.write_text(re.sub(f"(?<={summarize.BEGIN}).*(?={summarize.END})", "", text, flags=re.S))
-    monkeypatch.chdir(ROOT)
-    show("logs/published", "--markdown", str(page), "--plots", str(tmp_path / "figures"))
-    assert page.read_text() == text
-    names = {Path(path).name for path in drawn}
-    assert names == {path.name for path in (ROOT / "docs/figures").iterdir()}
-    assert names == set(re.findall(r"\(figures/(.*?)\)", text))
-
-
-def test_tf32_is_another_precision_and_versions_are_named():
-    """As most GPUs compute float32 convolutions."""
-    write_run("runs/a", 4.0)  # an older run, on a CPU
-    for seed, more in enumerate(("float32", "TF32", "TF32", None), 1):
-        config = write_run(f"runs/{seed}", 8.0, seed=seed) / "config.json"
-        commit = f"{seed}234567890" + 30 * "0" + ("-dirty" if seed == 3 else "")
-        versions = {"float32_convolutions": more, "torch": "2.11.0", "git_commit": commit}
-        versions = versions if more else {"device": "NVIDIA H200"}  # an older one
-        config.write_text(json.dumps(json.loads(config.read_text()) | versions))
-    found = [(cell["float32_convolutions"], cell["runs"]) for cell in cells("runs")]
-    assert found == [("TF32", "3"), ("float32", "2")]
-    text = show("runs")
-    assert text.count("; float32, batches") == 1
-    assert text.count("; float32 (TF32 in convolutions), batches") == 1
-    assert "torch: 2.11.0; commit: 1234567." in text
-    assert "torch: 2.11.0; commit: 2234567, 3234567-dirty." in text
-
-
-def test_runs_behind_links_are_found_once(tmp_path):
-    write_run("disk/wrn-10-1/SGD/seed0", 4.0)
-    Path("runs").mkdir()
-    Path("runs/digits").symlink_to(tmp_path / "disk")
-    Path("disk/back").symlink_to(tmp_path / "runs")
-    (cell,) = cells("runs", "disk")
-    assert (cell["runs"], cell["experiment"]) == ("1", "")
-
-
-@pytest.mark.parametrize("flag", ["--csv", "--markdown", "--plots"])
-def test_a_place_that_cannot_be_written_is_one_sentence(flag):
+@pytest.mark.parametrize("flag", ["--csv", "--markdown"])
+def test_files_are_written_whole_or_left_as_they_are(monkeypatch, capsys, flag):
     write_run("runs/a", 4.0)
-    Path("file").touch()
-    with pytest.raises(SystemExit, match="file"):
-        show("runs", flag, "file/x")
+    old = f"By hand {summarize.BEGIN}{summarize.END}"
+    Path("file").write_text(old)
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"cannot write file: .*No space left on device"):
+        summarize.main(["runs", flag, "file"])
+    assert "4.00" in capsys.readouterr().out
+    assert (Path("file").read_text(), sorted(os.listdir())) == (old, ["file", "runs"])
+
+
+def test_names_break_neither_page_nor_terminal(show, page):
+    nasty = f"a|b\n<img src=x> `c` *d* [f](g) $x$ & ~~h~~ \x1b[31m \udcff{summarize.END}"
+    write_run("runs/a", 4.0, data=DIGITS | {"name": nasty}, model=f"WRN² {nasty}", an_option=nasty)
+    write_run("runs/b", 4.0, data=DIGITS | {"name": nasty}, model=f"WRN² {nasty}", an_option=1)
+    ((*lines,),), text = page("runs", "--plots", "figures")
+    assert len(lines) == 2
+    plain = re.sub(r"\\[^a-z\s]", "", text.split(summarize.BEGIN)[1])  # without what is escaped
+    assert not re.search(r"[<>`$~]", plain.replace(summarize.END, ""))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\udcff]", text + show("runs"))
+
+
+def test_the_published_tables_are_those_of_the_published_logs(show, monkeypatch):
+    text, published = (ROOT / "docs/results.md").read_text(), ROOT / "logs/published"
+    Path("results.md").write_text(
+        re.sub(f"(?<={summarize.BEGIN}).*(?={summarize.END})", "", text, flags=re.S)
+    )
+    show(str(published), "--markdown", "results.md")
+    assert Path("results.md").read_text() == text
+    monkeypatch.setattr(summarize, "draw", lambda *arguments: None)
+    drawn = show(str(published / "whole-schedule"), "--plots", "f").split("Figures: ")[1].split()
+    assert {Path(path).name for path in drawn} == {path.name for path in (ROOT / "docs/figures").iterdir()}
 
 
 def test_a_reader_that_leaves_early_is_no_error():
@@ -413,228 +351,50 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_run_of_the_authors_script_is_left_out_by_name():
-    record = {"train_loss": 0.5, "test_acc": 90.0, "epoch": 1, "batchSize": 128, "optim_method": "SGDG"}
-    Path("theirs/resnet_1").mkdir(parents=True)
-    Path("theirs/resnet_1/log.txt").write_text(f"json_stats: {json.dumps(record)}\n")
-    named = "theirs/resnet_1: a run of the authors' script, which has no config.json"
-    with pytest.raises(SystemExit, match=f"No usable run.*{named}") as stop:
-        show("theirs")
-    assert "train one" not in stop.value.code
-    write_run("ours/a", 4.0)
-    assert f"- {named}" in show("ours", "theirs")
+# Runs that cannot be used, and where runs are looked for
 
 
-def test_nothing_to_read_is_one_sentence(capsys):
-    Path("empty").mkdir()
-    with pytest.raises(SystemExit, match=r"No usable run .* below empty: train one first\.$"):
-        show("empty")
-    with pytest.raises(SystemExit, match="2"):
-        show("nowhere")
-    assert "nowhere is not a directory" in capsys.readouterr().err
-
-
-# The paper's claims: the training loss from drop to drop
-
-FALLING = [8.0, 4.0, 2.0, 1.0, 1.5, 0.8, 0.4, 0.2, 0.3, 0.6, 0.5, 0.55]  # drops after 5 and 8 of 12 epochs
-DROPS = {"epoch_step": [5, 8, 12, 15]}  # the rates of the last two are of no epoch
-
-
-def test_the_loss_at_the_end_of_a_phase_is_the_median_of_its_last_three_epochs():
-    """And of the runs' medians, their range and ratio to SGD's. The lowest in bold, as everywhere."""
-    for seed, factor in enumerate((1, 10, 2)):
-        write_run(f"runs/SGD{seed}", 4.0, losses=[factor * loss for loss in FALLING], seed=seed, **DROPS)
-    for seed in (0, 1):
-        halves = [loss / 2 for loss in FALLING]
-        write_run(f"runs/SGDG{seed}", 4.0, "SGDG", losses=halves, seed=seed, **DROPS)
-    write_run("runs/AdamG", 4.0, "AdamG", losses=FALLING, **DROPS)
-    (first, second, third) = table_after(show("runs"), "Training loss at the end")
-    assert [line["Epochs"] for line in (first, second, third)] == ["1 to 5", "6 to 8", "9 to 12"]
-    assert [line["SGD"] for line in (first, second)] == ["3.00 (1.50 to 15.0)", "0.800 (0.400 to 4.00)"]
-    assert [line["SGD-G"] for line in (first, second)] == [
-        "**0.750** (0.750 to 0.750)",
-        "**0.200** (0.200 to 0.200)",
-    ]
-    assert third["Adam-G"] == "0.550"
-    assert [third[f"{method} / SGD"] for method in ("SGD-G", "Adam-G")] == ["0.25", "0.50"]
-
-
-def test_the_plateau_is_the_rise_from_the_lowest_and_the_fall_from_half_to_half():
-    """Of the medians: 4, 2, 1.5; 0.3, 0.5, 0.55 in the phases that have more than one of them."""
-    flat = [1.0] * 5 + FALLING[5:8] + [0.2, 0.2, 0.2, 0.3]
-    write_run("runs/SGD", 4.0, losses=[*FALLING[:8], 0.2, 0.3, 0.6, 0.4], **DROPS)
-    write_run("runs/SGDG0", 4.0, "SGDG", losses=flat, **DROPS)
-    write_run("runs/SGDG1", 4.0, "SGDG", losses=[*FALLING[:8], 0.3, 0.3, 0.6, 0.8], seed=1, **DROPS)
-    text = show("runs")
-    rises, falls = table_after(text, "The lowest training loss"), table_after(text, "The plateau")
-    assert [line["Epochs"] for line in rises] == [line["Epochs"] for line in falls] == ["1 to 5", "9 to 12"]
-    assert [line["SGD"] for line in rises] == ["1.50, +0%", "0.300, +33%"]
-    assert [line["SGD"] for line in falls] == ["-25%", "+33%"]
-    assert rises[1]["SGD-G"] == "0.250, +50% (+0 to +100%)"
-    assert falls[0]["SGD-G"] == "-12% (-25 to +0%)"
-
-
-def test_a_run_that_has_not_finished_has_no_phases():
-    """Not even those that it has behind it; nor has one without drops, or a search for hyperparameters."""
-    write_run("runs/SGD0", 4.0, losses=FALLING, **DROPS)
-    write_run("runs/SGD1", 4.0, losses=[9.0] * 12, written=11, seed=1, **DROPS)
-    write_run("runs/SGDG", 4.0, "SGDG", losses=FALLING, written=11, **DROPS)
-    (line, _, _) = table_after(show("runs"), "Training loss at the end")
-    assert (line["SGD"], line["SGD-G"]) == ("1.50", "unfinished (11 of 12 epochs)")
-    write_run("constant/SGD", 4.0, losses=FALLING, epoch_step=[12])
-    write_run("search/SGD", 4.0, losses=FALLING, holdout=10, **DROPS)
-    assert "Training loss at the end" not in show("constant", "search", "runs/SGDG")
-
-
-def test_the_ratio_is_to_the_only_sgd_of_network_and_experiment():
-    """Two choices of layers are two rows, and SGD has no such choice."""
-    write_run("runs/SGD", 4.0, losses=FALLING, **DROPS)
-    for select, factor in (("measured", 2), ("shape", 4)):
-        losses = [factor * loss for loss in FALLING]
-        write_run(f"runs/{select}", 4.0, "SGDG", losses=losses, select=select, **DROPS)
-    ratios = [line["SGD-G / SGD"] for line in table_after(show("runs"), "Training loss at the end")]
-    assert ratios == ["2.00"] * 3 + ["4.00"] * 3
-    write_run("runs/SGD-2", 4.0, losses=FALLING, lr=0.2, **DROPS)
-    write_run("runs/third", 4.0, "SGDG", losses=FALLING, omega=0.0, **DROPS)  # beside neither
-    ratios = [line.get("SGD-G / SGD") for line in table_after(show("runs"), "Training loss at the end")]
-    assert sorted(ratios)[:3] == [""] * 3
-
-
-def test_a_loss_of_zero_is_no_division_by_zero():
-    for method in RATES:
-        write_run(f"runs/{method}", 4.0, method, losses=[0.0] * 12, **DROPS)
-    (line, *_) = table_after(show("runs"), "Training loss at the end")
-    assert (line["SGD-G"], line.get("SGD-G / SGD", "")) == ("0.00", "")
-
-
-def test_the_papers_losses_stand_beside_those_of_its_network_data_and_schedule():
-    """Of the last three points before the first drop: SGD 0.3, 0.3 and 0.29, SGD-G about 0.31."""
-    named = {"data": CIFAR10, "model": "wrn-28-10", "losses": [1.0] * 200} | PAPER_RUN
-    for method in RATES:
-        write_run(f"full/{method}", 4.0, method, **named)
-    write_run("going-on/SGDG", 4.0, "SGDG", **named, written=100)
-    write_run("going-on/SGD", 4.0, **named)
-    line = table_after(show("going-on"), "Training loss at the end")[0]
-    assert (line["SGD-G"], line["SGD-G / SGD"]) == (
-        "unfinished (100 of 200 epochs); paper 0.31",
-        "paper 1.03",
-    )
-    text = show("full")
-    first, second, *_ = table_after(text, "Training loss at the end")
-    assert (first["SGD"], first["SGD-G"]) == ("1.00; paper 0.3", "1.00; paper 0.31")
-    assert first["SGD-G / SGD"] == "1.00; paper 1.03"
-    assert float(second["SGD-G / SGD"].split()[-1]) < 0.2
-    plateau = table_after(text, "The plateau")[1]  # what the poster claims, in a number
-    assert [int(plateau[m].split()[-1].strip("%")) for m in ("SGD", "SGD-G", "Adam-G")] == [-4, -38, -26]
-    for name, other in {
-        "network": {"model": "wrn-40-10"},
-        "data": {"data": CIFAR10 | {"train_images": 500}},
-        "schedule": {"epoch_step": [50, 120, 160]},
-    }.items():
-        write_run(name, 4.0, **named | other)
-        assert table_after(show(name), "Training loss at the end")[0]["SGD"] == "1.00"
-
-
-# Runs that cannot be used
-
-FILES = [  # of config.json or log.txt, by what is in it; None: there is no such file
-    ("config.json", None, "config.json cannot be read (No such file or directory)"),
-    ("config.json", "", "config.json is not JSON"),
-    ("config.json", b"\xff\xfe", "config.json is not JSON ('utf-8' codec can't decode"),
-    ("config.json", "[" * 100_000, "config.json is not JSON"),
-    ("config.json", "9" * 10_000, "config.json is not JSON"),
-    ("config.json", "5", "config.json is 5, not a JSON object"),
-    ("config.json", '{"options": {}}', "config.json has no data, model, device"),
-    ("config.json", '{"options": null, "data": {}, "model": "m", "device": "CPU"}', "options is None, not a"),
-    ("log.txt", b"json_stats: \xff\n", "line 1 of log.txt is not JSON"),
-    ("log.txt", "by hand\n", "line 1 of log.txt does not begin with json_stats"),
-    ("log.txt", "json_stats: 5\n", "line 1 of log.txt is 5, not a JSON object"),
-    ("log.txt", "json_stats: {}\n", "line 1 of log.txt has no epoch, train_loss, test_acc, train_time"),
-]
-VALUES = [  # (object, key, value): reason. `record` is the fifth epoch's line.
-    ("config", "device", 5, "device is 5, not a text"),
-    ("config", "model", "", "model is '', not a text"),
-    ("config", "processes", 0, "processes is 0, not a whole number from 1"),
-    ("config", "torch", [], "torch is [], not a text"),
-    ("data", "train_images", -5, "data: train_images is -5"),
-    ("data", "sha256", None, "data: sha256 is None"),
-    ("options", "optim_method", "Adam", "is 'Adam', not one of SGD, SGDG, AdamG"),
-    ("options", "epoch_step", [3, 2], "is [3, 2], not a list of rising epochs"),
-    ("options", "epoch_step", "[3]", "not a list of rising epochs"),
-    ("options", "epochs", 5.0, "is 5.0, not a whole number"),
-    ("options", "epochs", True, "is True, not a whole number"),
-    ("options", "epochs", 4, "log.txt has 5 epochs, and config.json 4"),
-    ("options", "lr", 10**400, "lr is 1000"),
-    ("options", "lr", 0.2, "log.txt is of another run than config.json: lr differs"),
-    ("options", "lr_decay_ratio", float("nan"), "lr_decay_ratio is nan, not a number"),
-    ("options", "dropout", [[0.3]], "dropout is [[0.3]], not a single value"),
-    ("options", "seed", 3, "log.txt is of another run than config.json: seed differs"),
-    ("record", "train_loss", float("nan"), "line 5 of log.txt: train_loss is nan, not a number"),
-    ("record", "train_loss", float("inf"), "train_loss is inf, not a number"),
-    ("record", "train_loss", 1e308, "train_loss is 1e+308, not a number"),
-    ("record", "train_loss", "0.5", "train_loss is '0.5', not a number"),
-    ("record", "test_acc", 101, "test_acc is 101, not a number from 0 to 100"),
-    ("record", "test_time", {}, "test_time is {}, not a number"),
-    ("record", "epoch", 4, "log.txt has epoch 4 twice"),
-    ("record", "epoch", 6, "log.txt has later epochs, but not epoch 5"),
+DEEP, NAN = "[" * 100_000, float("nan")
+ODD = [  # (file, what is there: bytes, values that replace others, or a way to make it; what is said of it)
+    ("config.json", Path.touch, "Expecting value"),
+    ("config.json", lambda path: path.symlink_to("nowhere"), "No such file"),
+    ("config.json", b"\xff\xfe", "codec can't decode"),
+    ("config.json", DEEP.encode(), "recursion"),
+    ("config.json", b"9" * 10_000, "digits"),
+    ("config.json", b"{}", "it says nothing of 'data'"),
+    ("config.json", {"options": None}, "unsupported operand"),
+    ("config.json", {"options": OPTIONS | {"optim_method": "Adam"}}, "it says nothing of 'Adam'"),
+    ("config.json", {"options": OPTIONS | {"epochs": 4}}, "its epochs are not the first of 4"),
+    ("config.json", {"options": OPTIONS | {"lr": 10**400}}, "too large"),
+    ("config.json", {"options": OPTIONS | {"epoch_step": "[3]"}}, "'[' is not a number"),
+    ("config.json", {"data": DIGITS | {"train_images": -5}}, "-5 is not a number"),
+    ("log.txt", Path.mkdir, "it is not a file"),
+    ("log.txt", os.mkfifo, "it is not a file"),
+    ("log.txt", b"json_stats: {}\n", "it says nothing of 'train_loss'"),
+    ("log.txt", {"train_loss": NAN}, "nan is not a number"),
+    ("log.txt", {"train_loss": "0.5"}, "'0.5' is not a number"),
+    ("log.txt", {"test_acc": 101}, "101 is not a number from 0 to 100"),
+    ("log.txt", {"epoch": 4}, "its epochs are not the first of 5, each once"),
+    ("log.txt", {"epoch": 6}, "its epochs are not the first of 5, each once"),
 ]
 
 
-@pytest.fixture
-def expect_left_out(capsys):
-    """expect_left_out(reason): `runs/odd` is named with it, once on standard error; the others are shown."""
+@pytest.mark.parametrize(("file", "odd", "reason"), ODD, ids=range(len(ODD)))
+def test_an_odd_run_is_named_and_ends_no_other(capsys, file, odd, reason):
     write_run("runs/good", 4.0)
-    expected = show("runs")
-    capsys.readouterr()
-
-    def expect(reason):
-        text = show("runs")
-        (said,) = capsys.readouterr().err.splitlines()
-        assert said.startswith("summarize.py: left out runs/odd: cannot be used, ")
-        assert reason in said
-        *others, left_out = [line for line in text.splitlines() if line.startswith("- ")]
-        assert (others, left_out.startswith("- runs/odd: ")) == ([], True)
-        assert text.split("Not counted")[0] == expected.split("The test error is")[0]
-
-    return expect
-
-
-@pytest.mark.parametrize(("file", "content", "reason"), FILES)
-def test_a_file_that_cannot_be_used_is_named(expect_left_out, file, content, reason):
-    odd = write_run("runs/odd", 5.0) / file
-    odd.unlink()
-    if content is not None:
-        odd.write_bytes(content if isinstance(content, bytes) else content.encode())
-    expect_left_out(reason)
-
-
-@pytest.mark.parametrize(("where", "key", "value", "reason"), VALUES)
-def test_a_value_that_cannot_be_used_is_named(expect_left_out, where, key, value, reason):
-    path = write_run("runs/odd", 5.0)
-    if where == "record":
-        *lines, last = (path / "log.txt").read_text().splitlines(keepends=True)
-        record = json.loads(last.removeprefix("json_stats:")) | {key: value}
-        (path / "log.txt").write_text("".join(lines) + f"json_stats: {json.dumps(record)}\n")
-    else:
-        config = json.loads((path / "config.json").read_text())
-        (config if where == "config" else config[where])[key] = value
-        (path / "config.json").write_text(json.dumps(config))
-    expect_left_out(reason)
-
-
-@pytest.mark.parametrize("files", [["config.json"], ["log.txt"], ["config.json", "log.txt"]])
-@pytest.mark.parametrize("kind", ["directory", "pipe", "broken link"])
-def test_what_is_no_file_is_named(expect_left_out, files, kind):
-    path = write_run("runs/odd", 5.0)
-    for file in files:
-        (path / file).unlink()
-        if kind == "directory":
-            (path / file).mkdir()
-        elif kind == "pipe":
-            os.mkfifo(path / file)
-        else:
-            (path / file).symlink_to("nowhere")
-    expect_left_out(f"{files[0]} cannot be read" if kind == "broken link" else f"{files[0]} is not a file")
+    path = write_run("runs/odd", 5.0, seed=1) / file
+    *lines, last = path.read_text().splitlines(keepends=True) if file == "log.txt" else [path.read_text()]
+    path.unlink()
+    if isinstance(odd, dict):
+        values = json.dumps(json.loads(last.removeprefix("json_stats:")) | odd)
+        odd = "".join([*lines, "json_stats:" if lines else "", values, "\n"]).encode()
+    path.write_bytes(odd) if isinstance(odd, bytes) else odd(path)
+    summarize.main(["runs"])
+    out, said = capsys.readouterr()
+    assert re.fullmatch(r"summarize\.py: left out runs/odd/(config.json|log.txt): [^\n]+\n", said)
+    assert reason in said
+    assert " 4.00 " in out
+    assert out.count("- runs/odd/") == 1
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch, capsys):
@@ -648,104 +408,242 @@ def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch, capsys):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert "4.00" in show("runs")
-    assert "left out runs/odd: cannot be looked into (Permission denied)" in capsys.readouterr().err
+    summarize.main(["runs"])
+    assert "left out runs/odd: Permission denied" in capsys.readouterr().err
 
 
-PUBLISHED = ROOT / "logs/published/own-rates/cifar10-jpeg/wrn-10-1/SGDG/seed0"
-INF = float("inf")
-ODD = [
-    None, True, False, 0, -1, 1, 7, 0.5, -0.0, 1e-300, 1e39, 1e308, INF, -INF, INF - INF, 10**39, -(10**400),
-    "", "0.1", "|", "\n", "<b>", "\ud800", "Adam", "9" * 2000,
-    [], {}, [[]], [3, 1], [1, 2, 30], {"": [None]}, [0.5, "a"] * 9,
-]  # fmt: skip
+def test_runs_behind_links_are_found_once(cells, tmp_path):
+    write_run("disk/wrn-10-1/SGD/seed0", 4.0)
+    Path("runs").mkdir()
+    Path("runs/digits").symlink_to(tmp_path / "disk")
+    Path("disk/back").symlink_to(tmp_path / "runs")
+    for directories in (["runs"], ["runs", "disk"]):
+        (cell,) = cells(*directories)
+        assert (cell["runs"], cell["experiment"]) == ("1", "")
 
 
-def change_json(value, rng):
-    """A value anywhere in it is replaced, taken out or added."""
-    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    if isinstance(value[key], (dict, list)) and value[key] and rng.random() < 0.8:
-        return change_json(value[key], rng)
-    action = rng.choice(["replace", "replace", "replace", "remove", "add"])
-    if action == "remove":
-        del value[key]
-    elif action == "add" and isinstance(value, dict):
-        value[rng.choice(["", "|", "of the future", "\ud800"])] = rng.choice(ODD)
-    else:
-        value[key] = rng.choice(ODD)
+def test_published_runs_stay_apart_unless_they_are_named(cells):
+    write_run("logs/mine/seed0", 4.0)
+    write_run("logs/published/theirs/seed1", 8.0, seed=1)
+    assert [cell["experiment"] for cell in cells("logs")] == ["mine"]
+    assert [cell["experiment"] for cell in cells("logs", "logs/published")] == ["mine", "theirs"]
+    Path("logs/mine").rename("mine")
+    with pytest.raises(SystemExit, match="No usable run"):
+        summarize.main(["logs"])
 
 
-def change_file(path, rng):
-    """Damages config.json or log.txt: the values in it, its lines or its bytes."""
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    kind = rng.choice(["values", "values", "lines", "bytes"])
-    if kind == "values":
-        start = b"json_stats:" if path.name == "log.txt" else b""
-        values = [json.loads(line.removeprefix(start)) for line in (lines if start else [content])]
-        change_json(values, rng)
-        content = b"".join(start + json.dumps(value).encode() + b"\n" for value in values)
-    elif kind == "lines":  # in another order, some of them, some twice
-        picked = rng.choices(lines, k=rng.randint(0, len(lines) + 2))
-        content = b"".join(rng.choice([picked, rng.sample(lines, len(lines)), lines[: len(picked)]]))
-    else:
-        start, stop = sorted(rng.choices(range(len(content) + 1), k=2))
-        piece = rng.choice([b"", content[start:stop] * 2, rng.randbytes(3)])
-        content = content[:start] + piece + content[rng.choice([start + 1, stop]) :]
-    path.write_bytes(content)
+def test_four_times_the_settings_are_four_times_the_work():
+    """Counted in calls of functions instead of timed."""
+    calls = dict.fromkeys((10, 40), 0)
+    for settings in calls:
+        for index in range(settings):
+            write_run(f"{settings}/{index}", 4.0, lr=0.001 * (index + 1), epochs=1)
+        runs, _ = summarize.read_runs([Path(f"{settings}")])
+
+        def counted(*_, settings=settings):
+            calls[settings] += 1
+
+        sys.setprofile(counted)
+        summarize.report(summarize.make_tables(runs, []), [])
+        sys.setprofile(None)
+    assert calls[40] < 5 * calls[10]
+
+
+# Figures
+
+
+SIZES = {"CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "SVHN": (604_388, 26_032)}
+
+
+def draw_run(name, error, method="SGD", epochs=5, **changes):
+    """A run whose loss falls by 1 each epoch, to 1, and whose rates drop after two epochs and after three."""
+    losses = [*range(epochs, 0, -1)]
+    return write_run(f"runs/{name}", error, method, epoch_step=[2, 3], losses=losses, **changes)
+
+
+def of_paper(dataset, images=None):
+    sizes = dict(zip(("train_images", "test_images"), images or SIZES[dataset], strict=True))
+    return {"data": DIGITS | {"name": dataset} | sizes, "dataset": dataset}
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """panels(*arguments): {file: the panels that can be seen} of what the program draws of `runs`."""
+    drawn = {}
+
+    def keep(figure, path, **_):
+        drawn[Path(path).name] = [axis for axis in figure.axes if axis.get_visible()]
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(*arguments):
+        drawn.clear()
+        summarize.main(["runs", "--plots", "figures", *arguments])
+        return dict(drawn)
+
+    return draw
+
+
+def curves(panel, method, style="-"):
+    """(width, x, y) of a method's curves."""
+    lines = [line for line in panel.lines if line.get_color() == summarize.COLOURS[method]]
+    lines = [line for line in lines if line.get_linestyle() == style and len(line.get_xdata()) > 2]
+    return [(line.get_linewidth(), list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+def drops(panel):
+    dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
+    return {line.get_xdata()[0] for line in dotted if len(line.get_xdata())}
+
+
+def labels(panel):
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("x", ["epoch", "time"])
+def test_a_figure_shows_the_runs_and_their_median(panels, x):
+    """An epoch takes 2 seconds, and 1 of testing."""
+    for method in ("SGD", "SGDG", "AdamG"):
+        for seed, more in enumerate((0, 1, 5)):
+            draw_run(f"{method}{seed}", 4.0 + more, method, seed=seed)
+    draw_run("unfinished", 50.0, "AdamG", seed=3, written=3)
+    end = "-time.png" if x == "time" else ".png"
+    loss, error = panels("--x", x)[f"digits-wrn-10-1{end}"]
+    assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
+    assert loss.get_xlabel() == {"epoch": "Epoch", "time": "Minutes"}[x]
+    assert labels(loss) == [*(f"{m} (median of 3)" for m in summarize.COLOURS), "learning rates drop"]
+    steps = [1, 2, 3, 4, 5] if x == "epoch" else pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+    for method in summarize.COLOURS:
+        *thin, (width, horizontal, vertical) = sorted(curves(error, method), key=lambda line: line[0])
+        assert [line[0] < 1 for line in thin] == [True] * (3 + (method == "Adam-G"))
+        assert sorted(line[2][-1] for line in thin if len(line[2]) == 5) == pytest.approx([4, 5, 9])
+        assert (width, horizontal, vertical) == (2, steps, pytest.approx([13, 11, 9, 4.5, 5]))
+        assert [line[2] for line in curves(loss, method) if line[0] == 2] == [[5, 4, 3, 2, 1]]
+    for panel in (loss, error):
+        assert sorted(drops(panel)) == pytest.approx([2, 3] if x == "epoch" else [0.1, 0.15])
+
+
+def test_cells_of_one_method_are_told_apart(panels):
+    for lr in (0.1, 0.2):
+        draw_run(f"SGD{lr}", 4.0, lr=lr)
+    draw_run("SGDG", 4.0, "SGDG", written=2)
+    loss, _ = panels()["digits-wrn-10-1.png"]
+    assert labels(loss) == ["SGD 0.1", "SGD 0.2", "SGD-G (unfinished)", "learning rates drop"]
+    assert len({line.get_alpha() for line in loss.lines if line.get_linewidth() == 2}) == 2
+
+
+@pytest.mark.parametrize("last", [8.0, 1.0])
+def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels, last):
+    """They fall by a point an epoch: the first two would press the last together. From 0, if near."""
+    draw_run("a", last, epochs=10)
+    low, high = panels()["digits-wrn-10-1.png"][1].get_ylim()
+    assert high == pytest.approx(1.1 * (last + 7))
+    assert low == (pytest.approx(0.9 * 7.5) if last == 8 else 0)
+
+
+def test_few_epochs_have_whole_ticks_and_a_single_one_is_a_dot(panels):
+    for epochs in (1, 2, 3):
+        path = draw_run("a", 4.0, epochs=epochs)
+        (loss, _), *_ = panels().values()
+        low, high = loss.get_xlim()
+        assert all(tick == int(tick) for tick in loss.get_xticks() if low <= tick <= high)
+        assert ("o" in [line.get_marker() for line in loss.lines]) == (epochs == 1)
+        assert drops(loss) == {drop for drop in (2, 3) if drop <= epochs}
+        path.rename(f"kept{epochs}")
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(200), pytest.param(range(200, 10_000), marks=pytest.mark.long)], ids=len
+    ("dataset", "model"), [("CIFAR10", "wrn-28-10"), ("CIFAR100", "wrn-28-10"), ("SVHN", "wrn-22-8")]
 )
-def test_any_damage_leaves_the_good_runs_table(seeds):
-    """The good run is shown, the other one shown or named; every figure is a number, every table whole."""
-    write_run("runs/good", 4.0)
-    for seed in seeds:
-        rng = random.Random(seed)
-        shutil.copytree(PUBLISHED, "runs/odd")
-        for name in rng.choice([["config.json"], ["log.txt"], ["config.json", "log.txt"]]):
-            change_file(Path("runs/odd", name), rng)
-        with contextlib.redirect_stderr(io.StringIO()) as error:
-            found = cells("runs", "--markdown", "page.md")
-        check_the_good_run_is_shown(found, Path("page.md").read_text(), error.getvalue().splitlines())
-        shutil.rmtree("runs/odd")
-        Path("page.md").unlink()
+def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
+    for method in ("SGD", "AdamG"):
+        draw_run(method, 4.0, method, epochs=30, model=model, **of_paper(dataset))
+    (loss, error), *_ = panels().values()
+    paper = summarize.read_paper_curves()[summarize.LABELS.get(dataset, dataset), model.upper()]
+    dashed = {line.get_color(): line for line in loss.lines if line.get_linestyle() == "--"}
+    assert len(dashed) == 2  # those of the methods that ran, for as many epochs
+    for method in ("SGD", "Adam-G"):
+        line = dashed[summarize.COLOURS[method]]
+        points = list(zip(*line.get_data(), strict=True))
+        assert points == [(epoch, loss) for epoch, loss in paper[method] if epoch <= 30]
+        assert line.get_zorder() < 2  # ours, as all lines of matplotlib
+        assert f"{method}, the paper's" in labels(loss)
+    (over_time, _), *_ = panels("--x", "time").values()
+    assert "--" not in {line.get_linestyle() for panel in (error, over_time) for line in panel.lines}
 
 
-def check_the_good_run_is_shown(found, page, said):
-    assert "4.00" in page
-    assert len(found) + len(said) == 2
-    assert all(line.startswith("summarize.py: left out runs/odd: cannot be used, ") for line in said)
-    assert not said or "- runs/odd: cannot be used, " in page
-    for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
-        assert len({len(columns(line)) for line in table.splitlines()}) == 1
-    for cell in found:
-        figures = [cell[name] for name in ("test_error", "min", "max", "train_loss", "images_per_sec")]
-        assert all(0 <= float(figure or 0) <= runs.LARGEST for figure in figures)  # NaN is not
+@pytest.mark.parametrize("other", [
+    {"dataset": "folder"}, of_paper("CIFAR10", (500, 100)), {"model": "wrn-10-1"}, of_paper("SVHN"),
+])  # fmt: skip
+def test_the_papers_curves_stand_behind_nothing_else(panels, other):
+    draw_run("a", 4.0, epochs=30, **({"model": "wrn-28-10"} | of_paper("CIFAR10") | other))
+    (loss, _), *_ = panels().values()
+    assert not any("paper" in label for label in labels(loss))
 
 
-NASTY = "a|b\n<img src=x> \"q\" 'p' `c` *d* _e_ [f](g) $\\frac{ \\ & ~~h~~ \udcff"
+def test_the_losses_of_networks_that_compare_methods_stand_side_by_side(panels):
+    """On the same axes, without those that have one method; a name is no formula."""
+    for model in ("a$\\frac", "b", "c", "d"):
+        for method in ("SGD", "SGDG")[: 1 if model == "c" else 2]:
+            draw_run(f"{model}/{method}", 4.0, method, model=model, written=3 if model == "d" else 5)
+    drawn = panels()
+    losses = drawn["digits-training-loss.png"]
+    assert [panel.get_title() for panel in losses] == ["A$\\FRAC", "B", "D"]
+    assert not any(panel.title.get_parse_math() for panel in losses)
+    assert len({panel.get_ylim() for panel in losses}) == 1
+    assert [len(curves(panel, "SGD-G")) for panel in losses] == [2, 2, 1]
+    assert drops(losses[1]) == {2, 3}
+    assert len(drawn) == 1 + 4 + 1
 
 
-def test_names_break_neither_markdown_nor_csv(drawn):
-    data = DIGITS | {"name": NASTY + summarize.END}
-    for experiment, option in ((NASTY, NASTY), ("other", "|")):
-        options = {"an_option": option, "losses": FALLING} | DROPS
-        write_run(f"runs/{experiment}/a", 4.0, data=data, model=f"WRN {NASTY}", **options)
-    (write_run(f"runs/{NASTY}/odd", 5.0) / "config.json").unlink()
-    found = cells("runs", "--markdown", "page.md", "--plots", "figures")
-    assert {cell["network"] for cell in found} == {f"WRN {NASTY}".replace("\udcff", r"\udcff")}
-    _, page = Path("page.md").read_text().split("### ")
-    plain = re.sub(r"\\[^a-z\s]", "", page)  # without what is escaped
-    assert not re.search(r"[<>`~$]|(?<!\w)_|\nimg", plain)
-    for table in re.findall(r"(?:^\|.*\n)+", plain, re.M):
-        assert len({line.count("|") for line in table.splitlines()}) == 1
-    links = re.findall(r"\]\((.*?)\)", plain)
-    assert len(links) == 3
-    assert set(links) < drawn
+def test_every_figure_has_a_file_of_its_own(panels):
+    """Also where only the epochs differ, or names are long or have no letter."""
+    for index, model in enumerate(("a", "a", "A!", "long" * 100, "…")):
+        draw_run(f"{index}", 4.0, model=model, epochs=5 + index)
+    names = panels().keys()
+    assert len(names) == 6
+    assert all(len(name) < 200 and not name.startswith(".") for name in names)
+    with pytest.raises(SystemExit, match="one file for 5 figures"):
+        panels("--plots", "one.png")
 
 
-def test_what_may_change_in_a_run_is_the_same_for_training_and_tables():
-    """Two lists, since reading logs needs no torch."""
-    assert set(runs.MAY_CHANGE) == options.MAY_CHANGE
+def test_the_papers_curves_alone(panels):
+    draw_run("a", 4.0)
+    drawn = panels()["paper-curves.png"]
+    for panel, ((data, network), methods) in zip(drawn, summarize.read_paper_curves().items(), strict=True):
+        assert (panel.get_title(), panel.get_yscale()) == (f"{network} on {data}", "log")
+        assert labels(panel) == [*summarize.COLOURS, "learning rates drop"]
+        assert drops(panel) == ({60, 120} if data == "SVHN" else {60, 120, 160})
+        for method in summarize.COLOURS:
+            ((_, *points),) = curves(panel, method)
+            assert list(zip(*points, strict=True)) == methods[method]
+
+
+def test_tables_are_there_whatever_matplotlib_does(tmp_path, monkeypatch, capsys):
+    """The page links the figure, and a failure is one sentence."""
+    draw_run("a", 4.0)
+
+    def fail(*_arguments):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(summarize, "draw_panel", fail)
+    arguments = ["runs", "--plots", "figures", "--csv", "a.csv", "--markdown", "docs/a.md"]
+    with pytest.raises(SystemExit, match=r"cannot draw figures/digits-wrn-10-1\.png: no fonts"):
+        summarize.main(arguments)
+    assert "4.00" in capsys.readouterr().out
+    assert "4," in Path("a.csv").read_text()
+    assert "](../figures/digits-wrn-10-1.png)" in Path("docs/a.md").read_text()
+
+
+def test_a_notebooks_backend_and_a_matplotlibrc_change_nothing():
+    draw_run("a", 4.0)
+    Path("matplotlibrc").write_text("text.usetex: True\nlines.color: red\naxes.facecolor: black\n")
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, summarize.__file__, "runs", "--plots", "curves.png"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    plain = Path("curves.png").read_bytes()
+    Path("matplotlibrc").unlink()
+    subprocess.run(command, capture_output=True, check=True)
+    assert Path("curves.png").read_bytes() == plain
