@@ -71,10 +71,10 @@ def reading(path: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError):
         raise
     except Exception as error:
-        if path is None or distributed.connection_error(error):
+        if path is None or utils.is_out_of_memory(error) or distributed.connection_error(error):
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
         raise UserError(f"{path} is damaged or of another model ({reason}); {way_back(path)}") from error
