@@ -290,7 +290,7 @@ class RunLog:
         hparams = {}
         for name in dict.fromkeys([*first, *fixed]):
             plain = "none" if fixed[name] is None else fixed[name]
-            hparams[name] = str(plain) if isinstance(plain, list) else plain
+            hparams[name] = printable(str(plain)) if isinstance(plain, (list, str)) else plain
         # Not by add_hparams, which writes a second file.
         metrics = dict.fromkeys(("error/test", "loss/train"), 0)
         for summary in hparams_summaries(hparams, metrics):
