@@ -247,7 +247,7 @@ def default_text(name: str) -> str:
     """The default of an option, for --help: its row's, or the paper's for each method or model."""
     row = ROWS[name]
     if row["default"] is not PAPER:
-        return row["shown"] or {False: "off", None: "none"}.get(row["default"], str(row["default"]))
+        return row["shown"] or {"False": "off", "None": "none"}.get(str(row["default"]), str(row["default"]))
     texts = []
     for protocol, values in PROTOCOLS.items():
         if name in values["common"]:
