@@ -57,8 +57,8 @@ class TestOptions:
         ("lr", "0.5", 0.5), ("lrg", "0.25", 0.25), ("dropout", "0", 0), ("epochs", "7", 7), ("omega", "0", 0),
         ("lr_decay_ratio", "0.5", 0.5), ("momentum", "0", 0), ("batchSize", "7", 7), ("weightDecay", "2", 2),
         ("bnDecay", "2", 2), ("grad_clip", "0", None), ("grad_clip", "0.0", None),
-        ("grad_clip", "none", None), ("grad_clip", "None", None), ("epoch_step", "[]", []), ("epoch_step", "[3, 6 ,8]", [3, 6, 8]),
-        ("dataset_name", "\x1b[31m", "\\x1b[31m"),
+        ("grad_clip", "none", None), ("grad_clip", "None", None), ("epoch_step", "[]", []),
+        ("epoch_step", "[3, 6 ,8]", [3, 6, 8]), ("dataset_name", "\x1b[31m", "\\x1b[31m"),
     ])  # fmt: skip
     def test_what_is_given_wins_also_by_a_snake_case_name(self, flag, text, value):
         name = re.sub("[A-Z]", lambda match: "_" + match[0].lower(), flag)
@@ -227,7 +227,8 @@ BAD_VALUES = {
     "--weightDecay": ["1e38"], "--bnDecay": ["1e38"], "--omega": ["1e38"], "--grad_clip": ["-1", "off"],
     "--epochs": ["0", "2.5"], "--lr_decay_ratio": ["0", "1e38"],
     "--seed": ["-1", "18446744073709551616"], "--max_minutes": ["0", "soon"], "--ngpu": ["0"],
-    "--epoch_step": ["60", "60,120", "[60,", "[2,1]", "[1,1]", "[0,2]", "[1.5]", "{}", "null", '["a"]', "[true]", "[NaN]", "[" * 100_000],
+    "--epoch_step": ["60", "60,120", "[60,", "[2,1]", "[1,1]", "[0,2]", "[1.5]", "{}", "null",
+        '["a"]', "[true]", "[NaN]", "[" * 100_000],
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from utils import UserError
 MANY = pytest.param(range(1000), marks=pytest.mark.long, id="many")
 ODD_VALUES = (
     None, True, -1, 0, 7, 10**30, 2.5, math.nan, math.inf, "", "no good", "\udcff\n\x1b[31m|<b>", [],
-    [1, "a"], {}, {"epoch": 1}, {3: 4}, torch.zeros(3), torch.tensor(math.nan), torch.zeros(2, 3, dtype=torch.int8),
-    torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"),
+    [1, "a"], {}, {"epoch": 1}, {3: 4}, torch.zeros(3), torch.tensor(math.nan),
+    torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"),
 )  # fmt: skip
 ODD_TEXTS = (
     "", " ", "nan", "inf", "-inf", "1e308", "3.5e38", "9e37", "1e-320", "-1", "0", "0.5", "1e400", "٣", "1_0",
