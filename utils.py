@@ -6,6 +6,7 @@ that reads results reads such directories; everything that resumes needs only th
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -214,6 +215,8 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
     file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()
+    for half in itertools.chain(*(save.glob(f".{name}.*.tmp") for name in (CONFIG, LOG, CHECKPOINT))):
+        half.unlink()  # of a run that was killed in `write_whole`
     return file
 
 
