@@ -43,7 +43,7 @@ import options
 import report
 import utils
 from data import load_data
-from grassmann_optimizer import SGDG, unit
+from grassmann_optimizer import SGDG
 from resnet import WideResNet
 
 RATES = {"SGD": (0.1, None), "SGDG": (0.01, 0.2), "AdamG": (0.01, 0.05)}
@@ -173,10 +173,8 @@ class TestWriting:
     def test_content_then_name_reach_the_disk_and_an_epoch_at_once(self, finished, tmp_path, monkeypatch):
         """Else a power cut might leave the new name with no content, or none at all."""
         done, rename = [], os.replace
-        is_folder = {True: "folder", False: "file"}
-        monkeypatch.setattr(
-            os, "fsync", lambda fd: done.append(is_folder[stat.S_ISDIR(os.fstat(fd).st_mode)])
-        )
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFREG: "file"}
+        monkeypatch.setattr(os, "fsync", lambda fd: done.append(kinds[stat.S_IFMT(os.fstat(fd).st_mode)]))
         monkeypatch.setattr(os, "replace", lambda *names: done.append("rename") or rename(*names))
         checkpoint.save_checkpoint(tmp_path / "checkpoint.pt", {})
         assert done == ["file", "rename", "folder"]
@@ -186,18 +184,6 @@ class TestWriting:
         assert done == ["file"]
         assert [step for step, _ in scalars(tmp_path)["loss/test"]] == [1]
         log.close()
-
-    def test_the_old_file_is_there_until_the_new_one_is_whole(self, old, monkeypatch):
-        before, rename = old.read_bytes(), os.replace
-
-        def look(source, target):
-            assert (target, old.read_bytes()) == (old, before)
-            assert torch.load(source, weights_only=True)["model"].sum() == 0
-            rename(source, target)
-
-        monkeypatch.setattr(os, "replace", look)
-        checkpoint.save_checkpoint(old, {"model": torch.zeros(1000)})
-        assert torch.load(old, weights_only=True)["model"].sum() == 0
 
     def test_no_link_is_followed(self, tiny, tmp_path):
         (tmp_path / "mine").write_text("my notes")
@@ -211,6 +197,11 @@ class TestWriting:
         for name in ("link", "run/checkpoint.pt", "run/config.json", "run/log.txt"):
             assert not (tmp_path / name).is_symlink()
 
+    def test_the_next_run_removes_what_a_killed_one_left_half_written(self, tiny, tmp_path):
+        (tmp_path / ".checkpoint.pt.abcd1234.tmp").write_bytes(b"half")
+        assert_one_sentence(call(*tiny("SGD", tmp_path, "--batchSize", 49)), 1, "49")
+        assert list(tmp_path.iterdir()) == []
+
     @pytest.mark.parametrize("mask", [0o022, 0o077])
     def test_permissions_follow_the_umask(self, tmp_path, mask):
         before = os.umask(mask)
@@ -219,24 +210,6 @@ class TestWriting:
         finally:
             assert os.umask(before) == mask
         assert stat.S_IMODE((tmp_path / "config.json").stat().st_mode) == 0o666 & ~mask
-
-    def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(
-        self, tiny, finished, tmp_path, monkeypatch
-    ):
-        kept, write, save = [], checkpoint.save_checkpoint, tmp_path / "run"
-
-        def fill_up(path, state):
-            if state["epoch"] == 2:
-                kept.append(path.read_bytes())
-                state = {**state, "history": Broken()}
-            write(path, state)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "save_checkpoint", fill_up)
-            assert_one_sentence(call(*tiny("SGDG", save)), 1, r"checkpoint\.pt", "No space left")
-        assert (save / "checkpoint.pt").read_bytes() == kept[0]
-        assert call(*tiny("SGDG", save, "--resume", "auto")).code == 0
-        assert_same_run(save, finished["SGDG"][0])
 
 
 # ------------------------------------------------------------------------------------------------ config.json
@@ -247,11 +220,8 @@ def test_config_holds_options_versions_device_and_the_digest_of_the_arrays(finis
     chosen, data = config["options"], load_data("folder", images_root)
     assert (chosen["optim_method"], chosen["lr"], chosen["lrg"]) == ("AdamG", *RATES["AdamG"])
     assert config["versions"].keys() >= {"python", "torch", "numpy", "opencv"}
-    assert (config["threads"], config["float32_convolutions"], "CPU" in config["device"]) == (
-        1,
-        "float32",
-        True,
-    )
+    assert (config["threads"], config["float32_convolutions"]) == (1, "float32")
+    assert "CPU" in config["device"]
     assert config["data"] == json.loads(json.dumps(data.description()))
 
 
@@ -329,15 +299,6 @@ def test_log_tells_the_time_of_training_from_that_of_testing(tiny, tmp_path, mon
         assert (stats["train_time"], stats["test_time"]) == (2.0 * STEPS, 5.0)
 
 
-@pytest.mark.parametrize("method", ["SGD", "SGDG"])
-def test_log_has_each_epochs_own_rates_counted_from_0(tiny, tmp_path, method):
-    flags = ["--epochs", 4, "--epoch_step", "[1,3]", "--lr_decay_ratio", 0.5]
-    assert call(*tiny(method, tmp_path / "run", *flags)).code == 0
-    lr, lrg = RATES[method]
-    for stats, factor in zip(log_lines(tmp_path / "run"), (1, 0.5, 0.5, 0.25), strict=True):
-        assert (stats["lr"], stats["lrg"]) == pytest.approx((lr * factor, lrg and lrg * factor))
-
-
 # ------------------------------------------------------------------------------------------------ TensorBoard
 
 
@@ -397,6 +358,7 @@ class TestTensorBoard:
             number = t.epoch * 24 + t.batch
             if number in kill_at:
                 raise KeyboardInterrupt
+            assert t.probe.active == (number % 6 == 0)  # the probe measures four steps of an epoch
             loss, logits = true_step(t, x, labels)
             losses[number] = loss.item()
             return loss, logits
@@ -449,13 +411,6 @@ def test_a_finished_run_leaves_nothing_else(finished):
     for save, _ in finished.values():
         names = {re.sub(r"^events.*", "events", path.name) for path in save.iterdir()}
         assert names == {"config.json", "log.txt", "checkpoint.pt", "lock", "events"}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_command_twice_gives_the_same_bits(tiny, finished, tmp_path, method):
-    torch.rand(7)  # the run does not depend on what was drawn before it
-    assert call(*tiny(method, tmp_path / "again")).code == 0
-    assert_same_run(tmp_path / "again", finished[method][0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -663,20 +618,6 @@ class TestProbe:
         q, _ = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))
         return q[:rows].reshape(rows, 4, n // 4).contiguous(), q[rows : 2 * rows].reshape(rows, 4, n // 4)
 
-    def test_sgd_is_measured_on_the_layers_that_the_rule_would_take(self):
-        y, tangent = self.orthonormal()
-        layer, overcomplete = nn.Conv2d(1, 6, (4, 4), bias=False), nn.Conv2d(6, 6, 1, bias=False)
-        layer.weight.data, layer.weight.grad = 2 * y[:, None], 3 * tangent[:, None]
-        optimizer = torch.optim.SGD([layer.weight], lr=0.1)
-        probe = report.GrassmannProbe(nn.Sequential(layer, overcomplete), optimizer, torch.device("cpu"))
-        probe.active = True
-        optimizer.step()
-        means, layers = probe.read()
-        assert torch.linalg.vector_norm(layer.weight.flatten(1), dim=1).min() > 2  # not set to unit norm
-        assert means["angle_degrees"] == pytest.approx(math.degrees(math.atan(0.1 * 3 / 2)), rel=1e-4)
-        assert (means["clipped_share"], means["row_cosine"]) == (0, pytest.approx(0, abs=1e-6))
-        assert {tag.split("/")[1] for tag in layers} == {"0"}
-
     @pytest.mark.parametrize("clip", [0.1, None])
     def test_a_step_moves_by_the_rate_times_the_clipped_gradient_and_is_read_once(self, clip):
         y, tangent = self.orthonormal()
@@ -686,6 +627,7 @@ class TestProbe:
         moved = length.clamp(max=clip or 1).mean().item()
         assert means["angle_degrees"] == pytest.approx(math.degrees(0.5 * moved), rel=1e-4)
         assert means["clipped_share"] == pytest.approx(2 / 6 if clip else 0)
+        assert means["row_cosine"] == pytest.approx(0, abs=1e-6)
         assert layers == {f"rows_by_layer_{name}/0": pytest.approx(value) for name, value in means.items()}
         assert probe.sums.abs().sum() == 0
         assert probe.read() == (dict.fromkeys(report.GrassmannProbe.NAMES), {})
@@ -696,29 +638,6 @@ class TestProbe:
         for grad_clip, share in ((0.47, 1), (0.49, 0)):
             probe, _ = self.probe(y, torch.zeros_like(y), lr=0.1, omega=0.5, grad_clip=grad_clip)
             assert probe.read()[0]["clipped_share"] == share
-
-    def test_random_steps_agree_with_the_angles_between_rows(self):
-        g = torch.Generator().manual_seed(1)
-        before, grad = (torch.randn(8, 3, 3, generator=g) for _ in "12")
-        probe, after = self.probe(before, grad, lr=2.0, omega=0.1)
-        a, b = (unit(w.double().flatten(1))[0] for w in (before, after))
-        means, _ = probe.read()
-        off = (a @ a.T).abs()[~torch.eye(8, dtype=torch.bool)].mean().item()
-        assert means["angle_degrees"] == pytest.approx(
-            (a * b).sum(1).acos().rad2deg().mean().item(), rel=1e-4
-        )
-        assert means["row_cosine"] == pytest.approx(off, rel=1e-4)
-
-    def test_it_measures_four_steps_of_an_epoch(self, tiny, tmp_path, monkeypatch):
-        true_step, active = main.Training.step, []
-
-        def step(t, x, labels):
-            active.append(t.probe.active)
-            return true_step(t, x, labels)
-
-        monkeypatch.setattr(main.Training, "step", step)
-        assert call(*tiny("SGDG", tmp_path / "run", "--batchSize", 2, "--epochs", 1)).code == 0
-        assert [k for k, measured in enumerate(active) if measured] == [0, 6, 12, 18]
 
 
 def test_the_bars_speed_is_that_of_this_process(monkeypatch):
