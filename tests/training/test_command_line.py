@@ -227,6 +227,7 @@ class TestBadInput:
 
     def test_a_batch_larger_than_the_training_set_leaves_the_directory_free(self, tiny, tmp_path):
         assert_one_sentence(call(*tiny("SGD", tmp_path / "run", "--batchSize", 49)), 1, "49", "48")
+        assert not (tmp_path / "run").exists()
         assert call(*tiny("SGD", tmp_path / "run", "--batchSize", 48, "--epochs", 1)).code == 0
 
     @pytest.mark.parametrize("root", ["nowhere", "file", "~nosuchuser/x"])
