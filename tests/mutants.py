@@ -174,6 +174,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('"omega"] * orthogonality_gradient(y)', '"omega"] * 0', "run TestProbe"),
         ("(gram.sum() - gram.trace())", "gram.sum()", "run TestProbe"),
         ('if group["grad_clip"] is not None:', "if False:", "run TestProbe"),
+        ("        if not group_of:\n", "        if False:\n", "run probe_of_each"),
+        ('{"omega": 0.0, "grad_clip": None}', '{"omega": 0.0, "grad_clip": 0.0}', "run probe_of_each"),
         ("        self.sums.zero_()\n", "", "run TestProbe"),
         ("total[1] += p.numel()", "total[1] = p.numel()", "flags start_names"),
         ("get_total_flops() // 2", "get_total_flops()", "flags TestSummary"),

@@ -29,8 +29,8 @@ from helpers import (
     contents,
     load,
     log_lines,
+    stop_at,
 )
-from helpers import stop_at as stop
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -349,6 +349,7 @@ class TestTensorBoard:
             values = [[value for _, value in found[f"rows_by_layer_{name}/{layer}"]] for layer in layers]
             means = [sum(of_epoch) / len(layers) for of_epoch in zip(*values, strict=True)]
             assert found[f"rows/{name}"] == [(k, pytest.approx(m, rel=1e-5)) for k, m in enumerate(means, 1)]
+        assert method != "SGD" or found["rows/clipped_share"] == [(1, 0), (2, 0)]
 
     def test_the_training_loss_is_shown_as_it_goes_and_once_for_each_step(self, tiny, tmp_path, monkeypatch):
         """Of 24 steps after every third; what is written again after a kill and a resume is the same."""
@@ -549,7 +550,7 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_goes_on_after_a_stop(
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, **scale))
     assert call(*tiny(method, tmp_path / "whole")).code == 0
     with monkeypatch.context() as patch:
-        stop(patch, check)
+        stop_at(patch, check)
         assert call(*tiny(method, tmp_path / "stopped")).code == 143
     assert call("--resume", tmp_path / "stopped").code == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -612,17 +613,14 @@ class TestProbe:
         probe = report.GrassmannProbe(nn.Sequential(layer), optimizer, torch.device("cpu"))
         probe.active = True
         optimizer.step()
-        return probe, layer.weight.detach()[:, 0]
-
-    def orthonormal(self, rows=6, n=16):
-        q, _ = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))
-        return q[:rows].reshape(rows, 4, n // 4).contiguous(), q[rows : 2 * rows].reshape(rows, 4, n // 4)
+        return probe
 
     @pytest.mark.parametrize("clip", [0.1, None])
     def test_a_step_moves_by_the_rate_times_the_clipped_gradient_and_is_read_once(self, clip):
-        y, tangent = self.orthonormal()
+        q, _ = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+        y, tangent = q.reshape(16, 4, 4)[:6].contiguous(), q.reshape(16, 4, 4)[6:12]
         length = torch.tensor([0.02, 0.04, 0.06, 0.08, 0.2, 0.4]).view(-1, 1, 1)  # two are above 0.1
-        probe, _ = self.probe(y, length * tangent + 3 * y, lr=0.5, grad_clip=clip)
+        probe = self.probe(y, length * tangent + 3 * y, lr=0.5, grad_clip=clip)
         means, layers = probe.read()
         moved = length.clamp(max=clip or 1).mean().item()
         assert means["angle_degrees"] == pytest.approx(math.degrees(0.5 * moved), rel=1e-4)
@@ -636,7 +634,7 @@ class TestProbe:
         # As by hand in test_paper.py: without a loss each of these rows has a gradient of length 0.48.
         y = torch.tensor([[[1.0, 0.0, 0.0]], [[0.6, 0.8, 0.0]]])
         for grad_clip, share in ((0.47, 1), (0.49, 0)):
-            probe, _ = self.probe(y, torch.zeros_like(y), lr=0.1, omega=0.5, grad_clip=grad_clip)
+            probe = self.probe(y, torch.zeros_like(y), lr=0.1, omega=0.5, grad_clip=grad_clip)
             assert probe.read()[0]["clipped_share"] == share
 
 
