@@ -130,7 +130,7 @@ def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
     for index, name in enumerate(classes):
         mine = wrong[labels == index].double()
         error = f"error {100 * mine.mean():6.2f}%" if len(mine) else "no error to tell"
-        print(f"  {printable(name):30} {len(mine):7,} images  {error}")
+        print(f"  {name:30} {len(mine):7,} images  {error}")
 
 
 class Progress:

@@ -168,7 +168,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("error {100 - stats['train_acc']:5.2f}%", "error {stats['train_acc']:5.2f}%", "run terminal_says"),
         ('print(textwrap.fill(printable(f"options: {words}"),', 'print(textwrap.fill((f"options: {words}"),', "flags control"),
         ('print(printable(f"{trained}, on', 'print((f"{trained}, on', "flags control"),
-        ("{printable(name):30}", "{name:30}", "flags control"),
         ("{printable(str(t.options.save))}", "{t.options.save}", "flags control"),
         (".asin()).rad2deg().mean()", ".asin()).mean()", "run TestProbe"),
         ('"omega"] * orthogonality_gradient(y)', '"omega"] * 0', "run TestProbe"),
