@@ -95,7 +95,7 @@ def test_a_run_goes_only_where_it_overwrites_nothing(tiny, tmp_path, files, anew
 
 @pytest.mark.parametrize("make", ["write_text", "symlink_to"])
 def test_a_lock_that_main_py_did_not_write_is_left_as_it_is(tiny, tmp_path, make):
-    (tmp_path / "mine").write_text("my notes")
+    (tmp_path / "mine").touch()
     (tmp_path / "run").mkdir()
     getattr(tmp_path / "run" / "lock", make)("../mine")
     before = contents(tmp_path)
