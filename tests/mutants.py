@@ -568,7 +568,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("order.index(names[p])", "names[p][::-1]", "authors goes_on"),
         ("t.optimizer.load_state_dict(optimizer_state", "(optimizer_state", "authors goes_on"),
         ('t.epoch = int(theirs.get("epoch", 0))', "t.epoch = 0", "authors goes_on"),
-        ("weights_only=True", "weights_only=False", "authors run_code"),
+        ("weights_only=True", "weights_only=False", "authors runs_no_code"),
         ("continues=False", "continues=True", "authors overwritten"),
         ("        print(f\"note: the optimizer's", "        raise\n        print(f\"note: the optimizer's", "authors left_out"),
     ],

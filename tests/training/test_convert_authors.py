@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+from pathlib import Path
 
 import convert_authors
 import pytest
@@ -108,10 +109,21 @@ def test_an_optimizers_state_that_does_not_fit_is_left_out_and_said(
     assert call("--eval", "--resume", tmp_path / "new").out == call("--eval", "--resume", ours).out
 
 
+class Code:
+    """A value that would run code where a pickle is trusted."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("was here"),)
+
+
+BROKEN = [{"params": None}, {"stats": [1]}, {"params": {1: torch.zeros(2)}}, {"params": Code()}, None]
+
+
 @pytest.mark.parametrize("theirs", ["SGDG"], indirect=True)
-@pytest.mark.parametrize("change", [{"params": None}, {"stats": [1]}, {"params": {1: torch.zeros(2)}}, None])
-def test_a_broken_file_or_another_network_is_one_sentence(theirs, images_root, tmp_path, monkeypatch, change):
+@pytest.mark.parametrize("change", BROKEN)
+def test_a_broken_file_is_one_sentence_and_runs_no_code(theirs, images_root, tmp_path, monkeypatch, change):
     method, path, _ = theirs
+    monkeypatch.chdir(tmp_path)
     if change is None:
         path.write_bytes(path.read_bytes()[:-99])
     else:
@@ -119,6 +131,7 @@ def test_a_broken_file_or_another_network_is_one_sentence(theirs, images_root, t
     outcome = convert(monkeypatch, path, tmp_path / "new", *flags(method, images_root))
     assert_one_sentence(outcome, 1, r"model\.pt7 cannot be read as the authors' checkpoint", "check --model")
     assert not (tmp_path / "new").exists()
+    assert not Path("was here").exists()
 
 
 @pytest.mark.parametrize("theirs", ["SGDG"], indirect=True)

@@ -189,7 +189,7 @@ def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(f
 
 @pytest.mark.parametrize(("place", "error", "said"), [
     ("torch.load", OSError(116, "Stale file handle"), "cannot read .*Stale file handle"),
-    ("torch.load", MemoryError("can't allocate memory"), "out of memory"),
+    ("torch.load", MemoryError("no room"), "out of memory"),
     ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     ("main.make_model", torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
     ("main.load_data", OSError(5, "Input/output error"), "Input/output error"),

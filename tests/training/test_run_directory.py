@@ -95,7 +95,7 @@ def test_a_run_goes_only_where_it_overwrites_nothing(tiny, tmp_path, files, anew
 
 @pytest.mark.parametrize("make", ["write_text", "symlink_to"])
 def test_a_lock_that_main_py_did_not_write_is_left_as_it_is(tiny, tmp_path, make):
-    (tmp_path / "mine").write_text("my notes")
+    (tmp_path / "mine").touch()
     (tmp_path / "run").mkdir()
     getattr(tmp_path / "run" / "lock", make)("../mine")
     before = contents(tmp_path)
@@ -399,10 +399,13 @@ class TestTensorBoard:
 
     @pytest.mark.parametrize("limit", [0, 20])
     def test_a_full_disk_is_one_sentence(self, tiny, tmp_path, monkeypatch, limit):
+        told = []
+        monkeypatch.setattr(threading, "excepthook", told.append)
         write, left = RecordWriter.write, itertools.count(limit, -1)
         fail = failing(OSError(28, "No space left on device"))
         monkeypatch.setattr(RecordWriter, "write", lambda *args: (write if next(left) > 0 else fail)(*args))
         assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "No space left", "--resume")
+        assert told == []  # the thread that writes has met it as well
 
 
 # ------------------------------------------------------------------------------------------------- checkpoint
