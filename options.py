@@ -179,17 +179,8 @@ class Options:
 
 ROWS = {row.name: row.metadata for row in fields(Options)}
 KINDS = {row.name: row.type for row in fields(Options)}
-GROUPS = {
-    "model": "model",
-    "dataset": "data",
-    "optim_method": "optimization",
-    "save": "run",
-}  # by their first row
-CAMEL_CASE = {
-    "batch_size": "batchSize",
-    "weight_decay": "weightDecay",
-    "bn_decay": "bnDecay",
-}  # the authors' flags
+# Of --help, by their first row.
+GROUPS = {"model": "model", "dataset": "data", "optim_method": "optimization", "save": "run"}
 CALL_NAMES = {name for name, row in ROWS.items() if row["when"] == CALL}
 CHANGES_ON_RESUME = {name for name, row in ROWS.items() if row["when"] == RESUMED}
 CHANGES_ON_EVAL = {name for name, row in ROWS.items() if row["when"] in (RESUMED, EVALUATED)}

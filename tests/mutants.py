@@ -162,7 +162,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('self._add_scalar(tag, value, stats["epoch"])', 'self._add_scalar(tag, value, stats["epoch"] - 1)', "run TestTensorBoard"),
         ('TAGS.get(tag, "of one layer, as rows/...")', '""', "run TestTensorBoard"),
         ('"test_time": test_time', '"test_time": t.train_time', "run tells_the_time"),
-        ('first = ("optim_method", "lr", "lrg", "omega", "grad_clip")', "first = ()", "run hyperparameters"),
+        ('first = ("optim_method", "lr", "lrg")', "first = ()", "run hyperparameters"),
         ("fixed = self.options.fixed()", "fixed = self.options.of_run()", "run hyperparameters"),
         ("printable(str(plain)) if", "str(plain) if", "damage edited_checkpoint"),
         ("        self.writer.flush()\n        print_epoch", "        print_epoch", "run reach_the_disk"),

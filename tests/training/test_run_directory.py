@@ -383,7 +383,7 @@ class TestTensorBoard:
         assert int(width) >= 64 <= int(height)  # two rows and columns of images at least
         start = HParamsPluginData.FromString(found["_hparams_/experiment"].metadata.plugin_data.content)
         names = [column.name for column in start.experiment.hparam_infos]
-        assert names[:5] == ["optim_method", "lr", "lrg", "omega", "grad_clip"]
+        assert sorted(names)[:3] == ["1 optim_method", "2 lr", "3 lrg"]  # as TensorBoard sorts them
         assert not {"epochs", "dataroot"} & set(names)  # may change on the way
         metrics = [column.name.tag for column in start.experiment.metric_infos]
         assert metrics == ["error/test", "loss/train"]  # curves of the run: the table shows their last values
