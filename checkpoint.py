@@ -90,9 +90,8 @@ def load_checkpoint(path: Path) -> dict:
     with reading(path):
         try:
             check_sums(path)
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # torch tells how it reads what cannot be right here
+            # torch warns of how it reads a file that is not a checkpoint at all.
+            with warnings.catch_warnings(action="ignore"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"cannot read {path} ({error}); try again, or resume from another one") from error

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
-# Set before importing torch: silences DDP's hint once per process.
+# DDP prints a hint once per process unless this is set before torch is imported.
 if "WORLD_SIZE" in os.environ:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -279,7 +279,7 @@ def train(t: Training, stop: StopRequest) -> int:
         while t.epoch < options.epochs:
             if t.batch < steps:
                 train_epoch(t, batches, log, stop)
-            # Also past the deadline: given less time than an evaluation takes it would never finish an epoch.
+            # A deadline does not stop the evaluation: a run given less time than that would get nowhere.
             if t.batch >= steps and not stop.asked(by_signal=True):
                 end_epoch(t, log, stop)
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do

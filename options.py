@@ -320,9 +320,8 @@ def choose_options(given: dict, save: Path, source: Path | None) -> tuple[Option
     if unused:
         verb = "has" if len(unused) == 1 else "have"
         text = f"{', '.join(unused)} {verb} no effect on {model_name(options)} with {options.optim_method}"
-        print(
-            f"note: {text}", flush=True
-        )  # ahead of what may go to standard error, where both go to one file
+        # Flushed: ahead of what goes to standard error, where both go to one file.
+        print(f"note: {text}", flush=True)
     return options, state
 
 

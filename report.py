@@ -1,7 +1,6 @@
-"""What a person sees of a run: its start, progress, a line for each epoch, TensorBoard, diagnostics on
-G(1,n).
+"""What a person sees of a run: start, progress, epochs, TensorBoard, diagnostics, evaluation, --summary.
 
-Also the evaluation's table and --summary. Tables and the lines of a run fit 80 columns.
+Tables and the lines of a run fit 80 columns.
 """
 
 import json
@@ -310,8 +309,7 @@ def _log_line(stats: dict) -> str:
 
 
 class GrassmannProbe:
-    """What a step does on G(1,n), layer by layer: angle moved, share of rows clipped, |cos| between different
-    rows.
+    """What a step does on G(1,n), layer by layer: angle moved, share of rows clipped, |cos| between rows.
 
     Sits on the optimizer's step hooks and measures the steps before which `active` is set. Sums stay on the
     device. For SGD, which has nothing on G(1,n), it takes the directions of the layers that the authors' rule
