@@ -31,16 +31,7 @@ import utils
 from checkpoint import reading, restore, run_state, save_checkpoint
 from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
-from options import (
-    VGGS,
-    Options,
-    choose_device,
-    choose_options,
-    find_places,
-    model_name,
-    nothing_to_do,
-    parse_flags,
-)  # fmt: skip
+from options import VGGS, Options, choose_device, choose_options, find_places, nothing_to_do, parse_flags
 from resnet import WideResNet
 from utils import CHECKPOINT, PREVIOUS, StopRequest, UsageError, UserError
 from vgg import VGG
@@ -360,9 +351,7 @@ def run(argv: list[str] | None) -> int:
         if options.eval:
             print_evaluation(t)
             return 0
-        config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
-        config["weights_from"] = t.weights_from
-        distributed.on_rank0(lambda: utils.write_config(save_to, config, t.device))
+        distributed.on_rank0(lambda: report.write_config(t))
         report.print_start(options, t.model, t.optimizer, t.device)
         deadline = options.max_minutes and started + 60 * options.max_minutes
         with StopRequest(deadline) as stop:

@@ -335,7 +335,7 @@ class DiskError(Exception):
         super().__init__(f"{name} has error {number}")
 
 
-@pytest.mark.parametrize(("broken", "place"), [(0, "main.utils.write_config"), (1, "main.load_data")])
+@pytest.mark.parametrize(("broken", "place"), [(0, "main.report.write_config"), (1, "main.load_data")])
 def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, tmp_path, monkeypatch):
     """Of the first process to all, and of any to all; the process that it happened to says where."""
     load_data = main.load_data
