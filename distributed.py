@@ -135,6 +135,11 @@ def all_gather(mine: T) -> list[T]:
     return gathered
 
 
+def all_sum(numbers: list[float]) -> list[float]:
+    """The sums of all processes' numbers, place by place."""
+    return [sum(place) for place in zip(*all_gather(numbers), strict=True)]
+
+
 def on_rank0(make: Callable[[], T]) -> T:
     """Rank 0's `make()`, on every rank; what it raises is raised on all."""
     value = raise_on_all(make if rank() == 0 else lambda: None)

@@ -153,7 +153,7 @@ class Training:
 
     def totals(self) -> tuple[float, float]:
         """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
-        loss, wrong = map(sum, zip(*distributed.all_gather(self.sums.tolist()), strict=True))
+        loss, wrong = distributed.all_sum(self.sums.tolist())
         return loss, wrong
 
     def first_bad_step(self) -> int:
@@ -231,7 +231,7 @@ def evaluate(t: Training, stop: StopRequest) -> tuple[float, float] | None:
         sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
         if stop.asked(by_signal=True):
             return None
-    loss, wrong = map(sum, zip(*distributed.all_gather(sums.tolist()), strict=True))
+    loss, wrong = distributed.all_sum(sums.tolist())
     return loss / n, 100 * wrong / n
 
 

@@ -110,7 +110,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("> 1 and not distributed.launched():", "> 1:", "ranks answered_once and ngpu"),
         ("        self.scaler.update()\n", "", "run overflows"),
         ("min(filter(None, distributed.all_gather(self.bad_step.item())), default=0)", "self.bad_step.item()", "ranks not_finite"),
-        ("distributed.all_gather(sums.tolist())", "[sums.tolist()]", "ranks counts_each"),
+        ("distributed.all_sum(sums.tolist())", "sums.tolist()", "ranks counts_each"),
         ("self.scaler.step(self.optimizer)", "self.optimizer.step()", "run overflows"),
         ("enabled=self.dtype == torch.float16", "enabled=False", "run scaled_in_float16"),
         ("model.to(self.device, memory_format=torch.channels_last)", "model.to(self.device)", "run channels_last"),
