@@ -272,7 +272,7 @@ def without_unused(options: dict) -> dict:
 
 
 def find_places(given: dict) -> tuple[Path, Path | None, bool]:
-    """The run's directory; the checkpoint to read, if any; whether that is the directory's own.
+    """The run's directory; the checkpoint to read, if any; whether it is the directory's own.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -283,7 +283,8 @@ def find_places(given: dict) -> tuple[Path, Path | None, bool]:
         return Path(save or default), None, False
     if resume == "auto":
         own = Path(save or default) / CHECKPOINT
-        return own.parent, own if own.exists() else None, True
+        found = own.exists()  # one that another process writes from here on is not overwritten (`locked`)
+        return own.parent, own if found else None, found
     source = Path(resume) / CHECKPOINT if Path(resume).is_dir() else Path(resume)
     if not source.is_file():
         raise UserError(
