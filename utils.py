@@ -82,7 +82,8 @@ def answer(run: Callable[[], int]) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it is Python's, CUDA's or torch's word for that on the CPU."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUDA error: out of memory")  # where others use it
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def say(sentence: str, code: int) -> int:
