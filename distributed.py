@@ -99,7 +99,7 @@ def joined() -> Iterator[None]:
     words = ", ".join(f"{name}={value!r}" for name, value in said.items())
     print(f"processes: waiting for each other, with {words}", flush=True)
     try:
-        if torch.cuda.is_available():
+        if local_rank() < torch.cuda.device_count():  # else the run is on CPUs, or `check_options` refuses it
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         all_max([0])  # connects

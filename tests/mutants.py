@@ -330,6 +330,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("the environment says {words}; {way}", "{way}", "ranks cannot_meet"),
         ('print(f"processes: waiting for each other, with {words}", flush=True)', "pass", "ranks summary_and"),
         ("set_device(local_rank())", "set_device(rank())", "ranks takes_the_gpu"),
+        ("if local_rank() < torch.cuda.device_count():", "if torch.cuda.is_available():", "ranks takes_the_gpu"),
         ("rank() % max(1, torch.cuda.device_count())", "0", "ranks takes_the_gpu"),
         ('"LOCAL_WORLD_SIZE", min(world_size(), torch.cuda.device_count() or 1)', '"LOCAL_WORLD_SIZE", world_size()', "ranks gpu_each_need"),
         ("os.environ.setdefault(\"OMP", "os.environ.update(OMP_NUM_THREADS=\"1\") or os.environ.setdefault(\"OMP", "ranks ngpu_becomes"),
