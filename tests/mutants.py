@@ -341,7 +341,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("self.optim.load_state_dict(self.optim.state_dict())", "pass", "dry second_process and AdamG"),
         ("return DistributedDataParallel(model, broadcast", "DistributedDataParallel(model, broadcast", "ranks whole_batch[SGDG]"),
         ("broadcast_buffers=False, find_unused_parameters=True", "broadcast_buffers=False", "ranks stopped_after_any_step and 3"),
-        ("model = nn.SyncBatchNorm.convert_sync_batchnorm(model)", "pass", "dry second_process and sync"),
+        ("        synchronize_batch_norm(model)\n", "        pass\n", "dry second_process and sync"),
+        ("(nn.BatchNorm1d, nn.BatchNorm2d)", "nn.BatchNorm2d", "vgg synchronized"),
     ],
     "data.py": [
         ("std=(255.0, 255.0, 255.0),\n        flip=False", "std=(255.0, 255.0, 255.0),\n        flip=True", "paper on_svhn"),
