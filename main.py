@@ -324,17 +324,16 @@ def run(argv: list[str] | None) -> int:
             raise UsageError("--ngpu is for the command line; from Python start main.py by torchrun")
         distributed.launch(processes, [__file__, *sys.argv[1:]])
     with distributed.joined(), ExitStack() as until_the_end:
-        save_to, source, own = distributed.on_rank0(lambda: find_places(given))
+        save_to, source, goes_on_there = distributed.on_rank0(lambda: find_places(given))
         only_reads = given.get("eval") or given.get("summary")
         if not only_reads:
-            until_the_end.enter_context(utils.locked(save_to, own))
+            until_the_end.enter_context(utils.locked(save_to, goes_on_there))
         options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))
         with reading(source):
             if options.summary:
                 print_summary(options, state)
                 return 0
-            message = None if only_reads else nothing_to_do(options, state)
-            if message:
+            if not only_reads and (message := nothing_to_do(options, state)):
                 print(message)
                 with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
                     os.utime(save_to / CHECKPOINT)
