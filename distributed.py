@@ -75,9 +75,11 @@ def silent_above_rank_0() -> Iterator[None]:
         yield
         return
     logging.disable(logging.WARNING)  # torch's, when it compiles: rank 0 has the same
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager
@@ -158,8 +160,11 @@ def raise_on_all(make: Callable[[], T]) -> T:
     except (Exception, SystemExit) as error:
         own = error
     # Gathered before it is raised: a process that left at once would cut the others off.
-    errors = [own, *all_gather(_portable(own))]
-    if error := next(filter(None, errors), None):
+    errors = all_gather(_portable(own))
+    if own:
+        raise own
+    for error in filter(None, errors):
+        error.happened_elsewhere = True  # that process says it
         raise error
     return value
 

@@ -3,7 +3,8 @@
     python main.py --depth 28 --width 10 --dataset CIFAR10 --optim_method SGDG
 
 Read from the top: the network, the optimizer over the paper's parameter groups, one step, an epoch, the run.
-For a model of your own, `make_optimizer` shows all that is needed.
+For a model of your own, `make_optimizer` shows all that is needed. The paper's equations are in
+grassmann_optimizer.py.
 """
 
 # ruff: noqa: E402
@@ -16,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 # DDP prints a hint once per process unless this is set before torch is imported.
 if "WORLD_SIZE" in os.environ:
@@ -149,7 +151,8 @@ class Training:
         self.batch += 1
         loss_share = loss.double() / distributed.world_size()  # the batch's loss is the mean of the slices'
         self.sums += torch.stack([loss_share, (logits.argmax(1) != labels).sum().double()])
-        self.bad_step.copy_(torch.where((self.bad_step == 0) & ~loss.isfinite(), self.batch, self.bad_step))
+        is_first = (self.bad_step == 0) & ~loss.isfinite()
+        self.bad_step += is_first * self.batch
 
     def totals(self) -> tuple[float, float]:
         """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
@@ -158,12 +161,15 @@ class Training:
 
     def first_bad_step(self) -> int:
         """The first step of this epoch whose loss was not finite on some rank; 0: none. Waits likewise."""
-        return min(filter(None, distributed.all_gather(self.bad_step.item())), default=0)
+        steps = distributed.all_gather(self.bad_step.item())
+        return min((step for step in steps if step), default=0)
 
     def learning_rates(self) -> dict[str, float | None]:
         """The current lr and lrg (None where nothing is on G(1,n))."""
-        rates = {bool(group.get("grassmann")): group["lr"] for group in self.optimizer.param_groups}
-        return {"lr": rates[False], "lrg": rates.get(True)}
+        groups = self.optimizer.param_groups
+        lrg = [group["lr"] for group in groups if group.get("grassmann")]
+        lr = [group["lr"] for group in groups if not group.get("grassmann")]
+        return {"lr": lr[0], "lrg": lrg[0] if lrg else None}
 
     def check_finite(self) -> None:
         """UserError if a loss of this epoch, or a weight, is not finite."""
@@ -323,38 +329,41 @@ def run(argv: list[str] | None) -> int:
         if argv is not None:
             raise UsageError("--ngpu is for the command line; from Python start main.py by torchrun")
         distributed.launch(processes, [__file__, *sys.argv[1:]])
-    with distributed.joined(), ExitStack() as until_the_end:
+    with distributed.joined(), utils.repeatable(), ExitStack() as until_the_end:
         save_to, source, goes_on_there = distributed.on_rank0(lambda: find_places(given))
-        only_reads = given.get("eval") or given.get("summary")
-        if not only_reads:
+        if not (given.get("eval") or given.get("summary")):
             until_the_end.enter_context(utils.locked(save_to, goes_on_there))
         options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))
-        with reading(source):
-            if options.summary:
-                print_summary(options, state)
-                return 0
-            if not only_reads and (message := nothing_to_do(options, state)):
-                print(message)
-                with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
-                    os.utime(save_to / CHECKPOINT)
-                return 0
-            until_the_end.enter_context(utils.repeatable())
-            data = distributed.raise_on_all(
-                lambda: load_data(options.dataset, options.dataroot, options.dataset_name, options.eval)
-            )
-            t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
-            if state:
-                restore(t, state)
-            if not options.eval:
-                t.plan()  # an impossible --batchSize ends here, before a file is written
-        if options.eval:
-            print_evaluation(t)
+        return carry_out(options, state, source, started)
+
+
+def carry_out(options: Options, state: dict | None, source: Path | None, started: float) -> int:
+    """Summarize, evaluate or train; returns the exit code. state: the checkpoint in `source`, if any."""
+    with reading(source):
+        if options.summary:
+            print_summary(options, state)
             return 0
-        distributed.on_rank0(lambda: report.write_config(t))
-        report.print_start(options, t.model, t.optimizer, t.device)
-        deadline = options.max_minutes and started + 60 * options.max_minutes
-        with StopRequest(deadline) as stop:
-            return train(t, stop)
+        if not options.eval and (message := nothing_to_do(options, state)):
+            print(message)
+            with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
+                os.utime(options.save / CHECKPOINT)
+            return 0
+        data = distributed.raise_on_all(
+            lambda: load_data(options.dataset, options.dataroot, options.dataset_name, options.eval)
+        )
+        t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
+        if state:
+            restore(t, state)
+        if not options.eval:
+            t.plan()  # an impossible --batchSize ends here, before a file is written
+    if options.eval:
+        print_evaluation(t)
+        return 0
+    distributed.on_rank0(lambda: report.write_config(t))
+    report.print_start(options, t.model, t.optimizer, t.device)
+    deadline = options.max_minutes and started + 60 * options.max_minutes
+    with StopRequest(deadline) as stop:
+        return train(t, stop)
 
 
 def main(argv: list[str] | None = None) -> int:

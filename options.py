@@ -184,7 +184,7 @@ GROUPS = {"model": "model", "dataset": "data", "optim_method": "optimization", "
 CALL_NAMES = {name for name, row in ROWS.items() if row["when"] == CALL}
 CHANGES_ON_RESUME = {name for name, row in ROWS.items() if row["when"] == RESUMED}
 CHANGES_ON_EVAL = {name for name, row in ROWS.items() if row["when"] in (RESUMED, EVALUATED)}
-# Options that older runs did not have: stored only where they differ from this, what those runs did.
+# What runs did that are older than an option: a new row needs an entry. Stored only where it differs from this.
 LATER = {"sync_bn": False}
 
 

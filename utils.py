@@ -60,7 +60,8 @@ def answer(run: Callable[[], int]) -> int:
     except ConnectionError as error:  # of `distributed.joined`
         return say(str(error), 1) if distributed.rank() == 0 else 1
     except OSError as error:
-        return say(f"{error}; when that is settled, continue with --resume", 1)
+        elsewhere = hasattr(error, "happened_elsewhere")  # another process of the run says it
+        return 1 if elsewhere else say(f"{error}; when that is settled, continue with --resume", 1)
     except (RuntimeError, MemoryError) as error:
         if lost := distributed.connection_error(error):
             return say(lost, 1) if distributed.rank() == 0 else 1
@@ -174,10 +175,10 @@ def locked(save: Path, continues: bool) -> Iterator[None]:
         yield
     finally:
         for lock in locks:
-            if os.listdir(save) == [LOCK]:
-                (save / LOCK).unlink()
-                for folder in missing:
-                    with suppress(OSError):  # another run has come
+            with suppress(OSError):  # somebody has removed it, or another run has come
+                if os.listdir(save) == [LOCK]:
+                    (save / LOCK).unlink()
+                    for folder in missing:
                         folder.rmdir()
             lock.close()
 
@@ -206,6 +207,8 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
             problem = (
                 f"{save} is being written by {holder or 'another process'}; wait for it, or {other} {gone}"
             )
+    if problem is None and os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
+        problem = f"{save} has just been left by another run; try again"
     if problem is None and not re.match(r"(process \d+ on |$)", holder):
         problem = f"{path} was not written by main.py and is left as it is; {other}"
     if problem:
@@ -256,7 +259,9 @@ def note_environment(then: dict, device: torch.device) -> None:
     """Say what has changed since `environment` gave `then`, if anything."""
     now = environment(device)
     names = [name for name in then if name != "processes"]  # these have a note of their own
-    changed = [f"{name} {then[name]} then, {now[name]} now" for name in names if then[name] != now[name]]
+    changed = [
+        f"{name} {then[name]} then, {now.get(name)} now" for name in names if then[name] != now.get(name)
+    ]
     if changed:
         print(f"note: the last bits of the result may differ: {printable('; '.join(changed))}", flush=True)
 
