@@ -82,38 +82,50 @@ class Run:
 
     def __init__(self, path, root, config):
         data, options = config["data"], OLDER | config["options"]
-        names = config["model"], LABELS.get(data["name"], data["name"]), options["dataset"], data["sha256"]
-        self.model, self.data, dataset, self.sha256 = map(printable, names)
         self.path, self.method = path, METHODS[options["optim_method"]]
+        self.model, self.dataset = printable(config["model"]), printable(options["dataset"])
+        self.data, self.sha256 = printable(LABELS.get(data["name"], data["name"])), printable(data["sha256"])
+        self.images = int(data["train_images"]), int(data["test_images"])
         self.seed, self.epochs, self.holdout = (int(options[key]) for key in ("seed", "epochs", "holdout"))
         self.drops = sorted(map(int, options["epoch_step"]))
         self.ends = [*(drop for drop in self.drops if drop < self.epochs), self.epochs]
         self.rates = tuple(number(options[key]) for key in ("lr", "lrg") if options[key] is not None)
+        self.options = self.other_options(config, options)
+        self.experiment = experiment_of(
+            path.relative_to(root), (self.data, self.dataset, self.model, self.method)
+        )
+        self.name = self.model.upper() + (f", {self.experiment}" if self.experiment else "")
+        self.title = self.data + (", choice of hyperparameters" if self.holdout else "")
+        self.table = self.holdout > 0, self.data, self.description(), self.dataset
+        order = list(COLOURS).index(self.method)
+        self.setting = self.model, self.experiment, order, self.rates, sorted(self.options.items())
+        self.paper, self.curves = self.of_paper()
+
+    def other_options(self, config, options):
         apart = {*NO_RESULT, *OF_TABLE, *IN_COLUMNS, *(NOT_OF_SGD if self.method == "SGD" else ())}
         others = {key: value for key, value in options.items() if key not in apart}
         # Several processes normalize by slices of a batch; older runs used TF32 on GPUs and do not say it.
         others |= {key: config[key] for key in ("weights_from", "processes") if config.get(key)}
         precision = "float32" if config["device"].endswith("CPU") else "TF32"
         others["convolutions"] = config.get("float32_convolutions") or precision
-        self.options = {printable(key): printable(value) for key, value in others.items()}
-        self.experiment = experiment_of(path.relative_to(root), [self.data, dataset, self.model, self.method])
-        self.name = self.model.upper() + (f", {self.experiment}" if self.experiment else "")
-        self.title = self.data + (", choice of hyperparameters" if self.holdout else "")
-        others = list(COLOURS).index(self.method), self.rates, sorted(self.options.items())
-        self.setting = self.model, self.experiment, *others
-        images = int(data["train_images"]), int(data["test_images"])
-        kind, drops = "held-out" if self.holdout else "test", ", ".join(map(str, self.drops))
-        description = f"{images[0]:,} training and {images[1]:,} {kind} images (SHA-256 {self.sha256[:12]}), "
-        description += f"{self.epochs} epoch{'s' * (self.epochs > 1)}, learning rates "
-        description += f"drop after {drops}" if drops else "are constant"
-        self.table = self.holdout > 0, self.data, description, dataset
-        paper = PAPER.get(dataset)
-        same = paper and paper.images == images  # archives of another size are not that data set
-        curves = read_paper_curves().get((self.data, self.model.upper()), {}) if same else {}
-        self.curves = {method: [p for p in curves[method] if p[0] <= self.epochs] for method in curves}
-        same = same and (paper.epochs, paper.epoch_step) == (self.epochs, self.drops)
-        errors = paper.errors.get(self.model, ()) if same else ()
-        self.paper = dict(zip(COLOURS, errors, strict=False)).get(self.method)
+        return {printable(key): printable(value) for key, value in others.items()}
+
+    def description(self):
+        train, test = self.images
+        kind, epochs = "held-out" if self.holdout else "test", "epoch" if self.epochs == 1 else "epochs"
+        drops = f"drop after {', '.join(map(str, self.drops))}" if self.drops else "are constant"
+        images = f"{train:,} training and {test:,} {kind} images (SHA-256 {self.sha256[:12]})"
+        return f"{images}, {self.epochs} {epochs}, learning rates {drops}"
+
+    def of_paper(self):
+        paper = PAPER.get(self.dataset)
+        if not paper or paper.images != self.images:  # archives of another size are not that data set
+            return None, {}
+        curves = read_paper_curves().get((self.data, self.model.upper()), {})
+        curves = {method: [p for p in points if p[0] <= self.epochs] for method, points in curves.items()}
+        errors = dict(zip(COLOURS, paper.errors.get(self.model, ()), strict=False))
+        same = (paper.epochs, paper.epoch_step) == (self.epochs, self.drops)
+        return errors.get(self.method) if same else None, curves
 
     def add_epochs(self, log):
         """Takes the losses and errors of a log. What follows the last line end is being written."""
@@ -427,7 +439,7 @@ def draw(path, title, panels):
 
 def draw_panel(axis, panel):
     """All cells, and behind losses the paper's curves; or these alone."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     for method, color in COLOURS.items():
         cells = [cell for cell in panel.cells if cell.any.method == method]
@@ -453,18 +465,22 @@ def draw_panel(axis, panel):
         axis.set_ylim(0.9 * min(later, default=0), 1.1 * max(later, default=100) or 1)
     else:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_cell(axis, cell, quantity, name, **style):
+def draw_cell(axis, cell, quantity, name, color, alpha):
     """All seeds thin, the median of the finished ones thick."""
     for run in cell.all_runs:
         values = getattr(run, quantity)
         marker = "o" if len(values) == 1 else None  # one epoch makes no line
-        axis.plot(range(1, len(values) + 1), values, linewidth=0.8, marker=marker, **style)
+        thin = {"linewidth": 0.8, "alpha": 0.6 * alpha}
+        axis.plot(range(1, len(values) + 1), values, marker=marker, color=color, **thin)
     medians = [median(at) for at in zip(*(getattr(run, quantity) for run in cell.runs), strict=True)]
     name += f" (median of {len(cell.runs)})" if len(cell.runs) > 1 else ""
     name += "" if cell.runs else " (unfinished)"
-    axis.plot(range(1, len(medians) + 1), medians, linewidth=2, label=name, **style)
+    axis.plot(range(1, len(medians) + 1), medians, linewidth=2, label=name, color=color, alpha=alpha)
 
 
 def main(arguments=None):

@@ -472,6 +472,7 @@ def test_a_figure_shows_the_runs_and_their_median(panels):
     draw_run("unfinished", 50.0, "AdamG", seed=3, written=3)
     loss, error = panels()["digits-wrn-10-1.png"]
     assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert loss.yaxis.get_major_formatter()(0.01, 0) == "0.01"  # not a power as a formula
     assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
     assert labels(loss) == [*(f"{m} (median of 3)" for m in summarize.COLOURS), "learning rates drop"]
     for method in summarize.COLOURS:
