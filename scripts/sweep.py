@@ -73,20 +73,20 @@ class Runs:
     """Runs the cells, one at a time in each slot (its environment), until a signal asks them to stop."""
 
     def __init__(self, cells: dict[Path, list[str]], epochs: int, slots: list[dict[str, str]]):
-        self.cells, self.epochs, self.slots = cells, epochs, slots
+        self.cells, self.epochs = cells, epochs
         self.signals: list[int] = []
         self.processes: list[subprocess.Popen] = []
         self.free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for slot in slots:
+            self.free.put(slot)
         self.starting = RLock()
 
     def run_all(self) -> list[str]:
         """Returns a sentence for each failure."""
-        for slot in self.slots:
-            self.free.put(slot)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, self.stop)
-        with ThreadPoolExecutor(len(self.slots)) as pool:
+        with ThreadPoolExecutor(self.free.qsize()) as pool:
             return [failure for failure in pool.map(self.run, self.cells) if failure]
 
     def stop(self, number: int, _frame) -> None:

@@ -87,4 +87,3 @@ def test_a_run_is_main_pys_own_with_another_optimizer(tiny, images_root, tmp_pat
     assert result["test"] == pytest.approx(last, rel=1e-3)
     assert result["epochs"]["train_loss"] == pytest.approx([line["train_loss"] for line in own], rel=1e-4)
     assert result["epochs"]["test_error"] == pytest.approx([100 - line["test_acc"] for line in own])
-    assert result["cost"]["state_bytes"] == result["cost"]["sgd_state_bytes"] > 0

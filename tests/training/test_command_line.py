@@ -605,9 +605,7 @@ class TestOtherImages:
         outcome = call("--resume", finished["SGD"][0], "--eval", "--dataset", "digits")
         assert_one_sentence(outcome, 1, "digits has 10 classes", "network 3")
 
-    def test_a_run_with_held_out_images_is_evaluated_on_the_test_set_too(
-        self, tiny, images_root, tmp_path
-    ):
+    def test_a_run_with_held_out_images_is_evaluated_on_the_test_set_too(self, tiny, images_root, tmp_path):
         assert call(*tiny("SGD", tmp_path / "run", "--holdout", 12)).code == 0
         words = ["--resume", tmp_path / "run", "--eval"]
         assert "on 12 held-out training images of folder" in call(*words).out

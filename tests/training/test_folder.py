@@ -201,8 +201,7 @@ class TestFolder:
     def test_says_what_was_found_and_what_was_passed_over(self, folder, capsys):
         load_data("folder", folder)
         assert (
-            capsys.readouterr().out
-            == "images: 4 to train and 2 to test, in 2 classes: green 2+1, red 2+1\n"
+            capsys.readouterr().out == "images: 4 to train and 2 to test, in 2 classes: green 2+1, red 2+1\n"
         )
         for name in ("0.png", "train/0.png", "train/red/a/notes.txt", "test/red/0.psd", "test/.DS_Store"):
             write_image(folder / "new.png")
