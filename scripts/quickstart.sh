@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to three trained networks and their curves: WRN-10-1 on scikit-learn's handwritten digits
-# with SGD, SGD-G and Adam-G, on a GPU or with one thread of a CPU, in some minutes once all is installed.
+# with SGD, SGD-G and Adam-G, on a GPU or with one thread of a CPU: 2 minutes on a free core, once all is
+# installed.
 #
 #     bash scripts/quickstart.sh [flags for each main.py]
 #
