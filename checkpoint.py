@@ -23,7 +23,8 @@ from utils import CHECKPOINT, PREVIOUS, UserError, write_whole
 if TYPE_CHECKING:
     from main import Training
 
-PLAIN = ("epoch", "batch", "train_time", "history", "weights_from")  # stored as they are
+# What is stored as it is, and of which kind it is.
+PLAIN = {"epoch": int, "batch": int, "train_time": float, "history": list, "weights_from": str | None}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -71,10 +72,10 @@ def reading(path: Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError):
         raise
     except Exception as error:
-        if path is None or distributed.connection_error(error):
+        if path is None or utils.is_out_of_memory(error) or distributed.connection_error(error):
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
         raise UserError(f"{path} is damaged or of another model ({reason}); {way_back(path)}") from error
@@ -126,10 +127,15 @@ def restore(t: "Training", state: dict) -> None:
     if state["data_sha256"] != t.data.sha256:
         take_other_images(t, state)
     t.model.load_state_dict(state["model"])
-    for name in PLAIN:
-        setattr(t, name, json.loads(json.dumps(state.get(name))))  # plain values, as log.txt will hold them
+    for name, kind in PLAIN.items():
+        value = json.loads(json.dumps(state.get(name)))  # plain values, as log.txt will hold them
+        if not isinstance(value, kind):
+            raise ValueError(f"its {name} is {value!r}")
+        setattr(t, name, value)
     if t.options.eval:
         return
+    if not 0 <= t.batch <= len(t.plan()):
+        raise ValueError(f"its batch is {t.batch} of {len(t.plan())}")
     load_optimizer(t.optimizer, state["optimizer"])
     for _ in range(t.epoch):
         t.schedule.step()

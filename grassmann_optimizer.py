@@ -29,11 +29,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+__version__ = "0.1.0"
 __all__ = ["SGDG", "AdamG", "ScaleInvariance", "grassmann_param_groups", "grassmann_weights",
            "scale_invariance", "unit"]  # fmt: skip
 _Loss = Callable[[nn.Module], Tensor]
 _OF_ROWS = {"omega": 0, "grad_clip": None, "beta2": 0.99, "epsilon": 1e-8}  # on G(1, n) only, with defaults
 _NO_ROWS = "no group has grassmann=True: give the optimizer grassmann_param_groups(model, lr, lrg)"
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 # -------------------------------------------------------------------------------------- 1. operators
@@ -141,12 +144,15 @@ def _bias_correction(step: Tensor, beta1: float, beta2: float) -> Tensor:
 class _GrassmannOptimizer(Optimizer):
     """What SGDG and AdamG share: groups, state and their checks, torch's SGD for groups not on G(1, n)."""
 
+    _tells_of_sgd, _rates_differed = True, False
+
     def __init__(self, params, defaults: dict):
         _check_options(defaults, known=list(defaults))
         super().__init__(params, defaults)
         if not any(group["grassmann"] for group in self.param_groups):
-            given = {k for g in self.param_groups for k in _OF_ROWS.keys() & g.keys() if g[k] != _OF_ROWS[k]}
-            _refuse(f"{_NO_ROWS}, without which nothing obeys", given)
+            for name, unset in _OF_ROWS.items():
+                if any(group.get(name, unset) != unset for group in self.param_groups):
+                    raise ValueError(f"{name} has no effect: {_NO_ROWS}")
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; ValueError for an option out of range or misspelt, or a weight that has no rows."""
@@ -159,6 +165,7 @@ class _GrassmannOptimizer(Optimizer):
         except (RuntimeError, ValueError):
             self.param_groups.pop()
             raise
+        self._rates_differed |= len(_rates_of(self.param_groups)) > 1
 
     # Opaque to torch.compile, which mishandles results written in place (torch 2.13 and 2.15). The public
     # torch.compiler.disable does the same, but hides the method's type and takes over a second to import.
@@ -166,9 +173,7 @@ class _GrassmannOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One step of every group; returns the closure's loss. Gradients are read only."""
-        if not (any(group["grassmann"] for group in self.param_groups) or vars(self).get("_has_warned")):
-            self._has_warned = True
-            warnings.warn(f"steps of plain SGD: {_NO_ROWS}", stacklevel=6)
+        self._warn()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -178,33 +183,45 @@ class _GrassmannOptimizer(Optimizer):
             (self._step_on_grassmann if group["grassmann"] else self._step_sgd)(params, group)
         return loss
 
+    def _warn(self) -> None:
+        """Say once what is seldom meant."""
+        groups, rates = self.param_groups, _rates_of(self.param_groups)
+        one_of_many = sum(len(group["params"]) for group in groups) == 1  # an optimizer for each parameter
+        if self._tells_of_sgd and not one_of_many and not any(group["grassmann"] for group in groups):
+            self._tells_of_sgd = False
+            warnings.warn(f"steps of plain SGD: {_NO_ROWS}", stacklevel=7)
+        if self._rates_differed and len(rates) == 1 and rates != {0.0}:
+            self._rates_differed = False
+            text = f"all groups have the rate {rates.pop():g} now, and were given different ones"
+            warnings.warn(f"{text}: give a schedule such as OneCycleLR a list of rates", stacklevel=7)
+
     def _step_on_grassmann(self, params: list[Tensor], group: dict) -> None:
-        if any(p.grad.is_sparse or p.is_complex() for p in params):
-            raise RuntimeError("a parameter on G(1, n) needs a dense, real gradient")
+        if any(p.grad.is_sparse for p in params):
+            raise RuntimeError("a parameter on G(1, n) needs a dense gradient")
+        params = [p for p in params if p.numel()]
         alike: dict[tuple, list[Tensor]] = {}
         for p in params:
-            if p.numel():
-                alike.setdefault((p.device, p.dtype, _suits_kernel(p)), []).append(p)
-                self._init_state(p, self.state[p])
-        # At a rate of 0, where that is known here, rows that do not turn keep their lengths too.
-        still = (not isinstance(group["lr"], Tensor) or _is_readable(group["lr"])) and group["lr"] == 0
-        before = [(p, _local(p, p).clone()) for p in params if still and p.numel()]
-        options = {name: group[name] for name in ("maximize", *_OF_ROWS) if name in group}
-        options["decay"] = group["momentum"]
-        for (device, _, by_kernel), some in alike.items():
-            states = [self.state[p] for p in some]
-            with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
-                rates = self._rates(some, group)
-                if by_kernel:
-                    tables = vars(self).setdefault("_tables", {})  # neither copied nor pickled
-                    _step_by_kernel(some, states, rates, tables=tables, group=id(group), **options)
-                else:
-                    _step_in_blocks(some, states, rates, **options)
-        for p, rows in before:
-            m = _local(self.state[p]["momentum_buffer"], p)
-            turned = (m != 0).any(list(range(1, m.ndim)), keepdim=True)
-            turned &= "second_moment" not in self.state[p]  # Adam-G's rate multiplies its momentum
+            self._init_state(p, self.state[p])
+            alike.setdefault((p.device, p.dtype, _suits_kernel(p)), []).append(p)
+        # torch.distributed.checkpoint makes a step at a rate of 0 after the weights are loaded. A row that
+        # does not turn stays then: making it unit again would cost its last bit. No look at a rate on a GPU.
+        still = (not isinstance(group["lr"], Tensor) or _is_on_host(group["lr"])) and group["lr"] == 0
+        before = [_local(p, p).clone() for p in params if still]
+        for some in alike.values():
+            self._step_alike(some, group)
+        for p, rows in zip(params, before, strict=False):
+            momentum = _local(self.state[p]["momentum_buffer"], p)
+            turned = (momentum != 0).any(list(range(1, p.ndim)), keepdim=True)
+            turned &= "beta2" not in group  # Adam-G's rate multiplies its momentum
             _local(p, p).copy_(torch.where(turned, _local(p, p), rows))
+
+    def _step_alike(self, params: list[Tensor], group: dict) -> None:
+        """A step of weights of one device and type: by the kernel where it takes them, else in blocks."""
+        states, device = [self.state[p] for p in params], params[0].device.type
+        options = {name: group[name] for name in ("maximize", *_OF_ROWS) if name in group}
+        step = _step_by_kernel if _suits_kernel(params[0]) else _step_in_blocks
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
+            step(params, states, self._rates(params, group), decay=group["momentum"], **options)
 
     def _init_state(self, p: Tensor, state: dict) -> None:
         """Fill in what the state of a weight on G(1, n) lacks; ValueError where it is another weight's."""
@@ -214,14 +231,9 @@ class _GrassmannOptimizer(Optimizer):
             found = f"a weight {tuple(p.shape)} has a state {tuple(state['momentum_buffer'].shape)}"
             raise ValueError(f"{found}: cut optimizer.state[weight] as the weight was, or delete it")
 
-    def _state_shapes(self, p: Tensor) -> dict[str, tuple[int, ...]]:
-        adam = {"second_moment": (*p.shape[:1], 1), "step": ()} if "beta2" in self.defaults else {}
-        return {"momentum_buffer": tuple(p.shape), **adam}
-
     def _rates(self, params: list[Tensor], group: dict) -> Tensor:
         """The lr of each weight, in Adam-G times its bias correction: (weights,), on their device."""
-        like = {"dtype": _arithmetic(params[0]), "device": params[0].device}
-        lr = group["lr"]
+        like, lr = {"dtype": _arithmetic(params[0]), "device": params[0].device}, group["lr"]
         lr = lr.to(**like, non_blocking=True) if isinstance(lr, Tensor) else torch.full((), lr, **like)
         return lr.reshape(()).repeat(len(params))
 
@@ -230,9 +242,8 @@ class _GrassmannOptimizer(Optimizer):
         sparse, lr = any(p.grad.is_sparse for p in params), group["lr"]
         # Fused where it is one launch: on a GPU, for tensors stored alike. A buffer of zeros beforehand is
         # torch's first step if nothing is dampened, and lets a CUDA graph hold the step.
-        alike = bool(params) and all(map(_suits_fused_sgd, params, states))
-        fused = alike and not sparse and not group["dampening"]
-        if fused:
+        plain = bool(params) and not sparse and not group["dampening"]
+        if fused := plain and all(map(_suits_fused_sgd, params, states)):
             lr = lr.to(params[0].device, torch.float32, non_blocking=True) if isinstance(lr, Tensor) else lr
             for p, state in zip(params, states, strict=True):
                 if group["momentum"] and state.get("momentum_buffer") is None:
@@ -249,75 +260,63 @@ class _GrassmannOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's, but state on G(1, n) stays float32 for narrower weights; `step` goes to their device.
 
-        Takes the state of the authors' PyTorch optimizer of the same kind too, weight by weight in order. The
-        state of another optimizer or of weights of other shapes is a ValueError, which changes nothing.
+        Takes the state of the authors' PyTorch optimizer of the same kind too. The state of another optimizer
+        or of weights of other shapes is a ValueError, which changes nothing.
         """
-        loaded: dict = {}  # what the user's hooks have made of state_dict, in our terms
+        saved: dict = {}  # what the user's hooks have made of state_dict, in our terms
 
-        def adapt(_, given: dict) -> dict:
+        def translate(_, given: dict) -> dict:
             try:
-                loaded.update(self._adapted(given))
-            except (AttributeError, RuntimeError, TypeError) as error:  # a value of another type
-                raise ValueError(f"not the state of {type(self).__name__}: {error}") from error
-            return loaded
+                saved.update(self._translated(given))
+            except Exception as error:
+                why = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"not the state of {type(self).__name__}: {why}") from error
+            return saved
 
-        handle = self.register_load_state_dict_pre_hook(adapt)  # the last of them
+        hook = self.register_load_state_dict_pre_hook(translate)  # the last of them
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        params = [(p, group["grassmann"]) for group in self.param_groups for p in group["params"]]
-        for i, (p, grassmann) in zip(ids, params, strict=True):
-            for key, value in loaded["state"].get(i, {}).items():
-                if grassmann and (key == "step" or p.dtype in _LOW_PRECISION):
-                    self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+            hook.remove()
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            if group["grassmann"]:  # torch has given the state its weight's type
+                for p, i in zip(group["params"], saved_group["params"], strict=True):
+                    for key, value in saved["state"].get(i, {}).items():
+                        dtype = torch.float32 if key == "step" else _arithmetic(p)
+                        self.state[p][key] = value.to(p.device, dtype, copy=True)
 
-    def _adapted(self, given: dict) -> dict:
+    def _translated(self, given: dict) -> dict:
         """A state dict in our terms; ValueError where it cannot be one of this optimizer."""
-        _refuse("not the state of an optimizer: it has no", {"param_groups", "state"} - given.keys())
-        # The authors' optimizers cannot maximize.
-        groups = [{**group, "maximize": group.get("maximize", False)} for group in given["param_groups"]]
-        kind = f"not the state of {type(self).__name__}"
+        groups = [{"maximize": False, **group} for group in given["param_groups"]]  # the authors' lack it
+        states = {i: s for i, s in given["state"].items() if s is not None}  # None: ZeroRedundancyOptimizer's
         needed = {*self.defaults, "params"} - {"differentiable"}  # which torch adds to a copy's defaults
-        for i, group in enumerate(groups):
-            _refuse(f"{kind}: parameter group {i} has no", needed - group.keys())
-            _refuse(f"{kind}: parameter group {i} has", group.keys() & _OF_ROWS.keys() - self.defaults.keys())
+        for number, group in enumerate(groups):
+            if wrong := needed - group.keys() or group.keys() & _OF_ROWS.keys() - needed:
+                has = "has no" if wrong - group.keys() else "has"
+                raise ValueError(f"parameter group {number} {has} {', '.join(map(repr, sorted(wrong)))}")
             _check_options(group, known=[*self.defaults, "params"])
-        # None where there is none: of a ZeroRedundancyOptimizer.
-        states = {i: state for i, state in given["state"].items() if state is not None}
-        adapted = {**given, "param_groups": groups, "state": states}
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            return adapted  # torch refuses it
-        for group, own in zip(groups, self.param_groups, strict=True):
-            for i, p in zip(group["params"], own["params"], strict=True):
+        for group, own in zip(groups, self.param_groups, strict=False):  # torch refuses another number
+            for i, p in zip(group["params"], own["params"], strict=False):
                 if group["grassmann"]:
                     _check_rows(p, group["omega"])
-                if state := states.get(i):
-                    states[i] = self._adapted_state(state, p, group, f"{kind}: parameter {i}")
-        return adapted
+                if states.get(i):
+                    states[i] = self._translated_state(states[i], p, group, f"parameter {i}")
+        return {**given, "param_groups": groups, "state": states}
 
-    def _adapted_state(self, state: dict, p: Tensor, group: dict, where: str) -> dict:
-        """A parameter's state in our terms; `where` begins the error's sentence."""
-        shapes = self._state_shapes(p)
-        if group["grassmann"]:
-            _refuse(f"{where} has no", shapes.keys() - state.keys())
-            rows = state["momentum_buffer"]
-            if isinstance(rows, Tensor) and rows.shape == (p.shape[0], p.shape[1:].numel()):
-                state = {**state, "momentum_buffer": rows.reshape(p.shape)}
-        _refuse(f"{where} has an unknown entry", state.keys() - shapes.keys())
-        for key, value in state.items():
-            found = tuple(value.shape) if isinstance(value, Tensor) else value
-            if found != shapes[key] and (value is not None or group["grassmann"]):  # None: an older torch's
-                raise ValueError(f"{where} has {key!r} {found}, where shape {shapes[key]} is needed")
-            if shapes[key] and value is not None and _placements(value) != _placements(p):
-                raise ValueError(f"{where} has {key!r} not sharded like it: use torch.distributed.checkpoint")
+    def _translated_state(self, state: dict, p: Tensor, group: dict, which: str) -> dict:
+        state = {key: value for key, value in state.items() if value is not None}  # None: an older torch's
+        rows = state.get("momentum_buffer")
+        if group["grassmann"] and isinstance(rows, Tensor) and rows.shape == p.flatten(1).shape:
+            state["momentum_buffer"] = rows.reshape(p.shape)  # the authors' is (rows, n)
+        adam = {"second_moment": (*p.shape[:1], 1), "step": ()} if "beta2" in self.defaults else {}
+        needed = {"momentum_buffer": tuple(p.shape), **adam}
+        found = {key: tuple(t.shape) if isinstance(t, Tensor) else t for key, t in state.items()}
+        if found != needed if group["grassmann"] else not found.items() <= needed.items():
+            raise ValueError(f"{which} has {found}, where {needed} is needed")
+        shards = {getattr(t, "placements", None) for t in (p, *state.values()) if t.ndim}
+        if len(shards) > 1:
+            raise ValueError(f"{which} and its state are not sharded alike: use torch.distributed.checkpoint")
         return state
-
-
-def _refuse(why: str, names: Collection[str]) -> None:
-    if names:
-        raise ValueError(f"{why} {', '.join(map(repr, sorted(names)))}")
 
 
 class SGDG(_GrassmannOptimizer):
@@ -328,27 +327,20 @@ class SGDG(_GrassmannOptimizer):
     normalization; `grassmann_param_groups` sorts a model's parameters.
 
     Args:
-        params: parameters, or groups of them with options of their own.
-        lr: learning rate; on G(1, n) the angle in radians that a gradient of length 1 moves a row.
+        lr: learning rate; on G(1, n) the angle in radians that a gradient of length 1 moves a row. Take your
+            own SGD rate for `lr`, and for rows 0.2 to 0.4 (about 0.1 in Adam-G); the paper's rates, 0.01 and
+            0.2 (0.05 in Adam-G), are for the paper's schedule.
         momentum: of both kinds of groups. dampening, weight_decay, nesterov: other groups only.
         grassmann: whether a group's rows are points of G(1, n).
-        omega: orthogonality regularizer (omega/2) ||Y Y' - I||_F^2 of each weight on G(1, n); 0: none.
+        omega: regularizer (omega/2) ||Y Y' - I||_F^2 of each weight on G(1, n); 0: none, the cheapest.
         grad_clip: largest length of a row's gradient on G(1, n); None: no limit.
         maximize: ascend the loss (the regularizer is minimized all the same).
+    ValueError: an option out of range, misspelt or without effect; `grassmann=True` on a parameter that is
+    complex, has no rows of at least two elements or, with omega > 0, more rows than a row has elements.
 
-    ValueError: an option out of range or misspelt; `grassmann=True` on a parameter without rows of at least
-    two elements, or with omega > 0 and more rows than a row has elements; omega or grad_clip where nothing is
-    on G(1, n) (without them the first step warns).
-
-    On G(1, n) the state is `momentum_buffer` (tau, shaped as the weight), and:
-    - The first step makes rows unit, except where a rate of 0 moves nothing (a rate that is a tensor on a GPU
-      is not looked at). A zero row stays zero until a gradient comes, and then becomes its step's direction:
-      pruned rows come back at full length.
-    - The momentum holds steps, with the rate inside: after a drop of the rate rows go on at the old one for
-      about 1/(1 - momentum) steps, and lr = 0 does not stop them. To stop a layer, leave it without
-      gradients: `weight.requires_grad_(False)` and `zero_grad()`.
-    - One NaN in a gradient makes its row NaN, and with omega > 0 in the next step the whole weight.
-    - FSDP2's weights are taken; with omega > 0 each step gathers each of them.
+    State on G(1, n): `momentum_buffer` (tau, shaped as the weight). It holds steps, with the rate inside:
+    after a drop of the rate rows go on at the old one for about 1/(1 - momentum) steps, and lr = 0 does not
+    stop them. To stop a layer, leave it without gradients: `weight.requires_grad_(False)`, `zero_grad()`.
     """
 
     def __init__(
@@ -356,25 +348,21 @@ class SGDG(_GrassmannOptimizer):
         weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False,
         omega: float = 0, grad_clip: float | None = None, *, maximize: bool = False,
     ):  # fmt: skip
-        everywhere = dict(lr=lr, momentum=momentum, grassmann=grassmann, maximize=maximize)
-        euclidean = dict(dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, dict(**everywhere, **euclidean, omega=omega, grad_clip=grad_clip))
+        super().__init__(params, dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+            grassmann=grassmann, omega=omega, grad_clip=grad_clip, maximize=maximize,
+        ))  # fmt: skip
 
 
 class AdamG(_GrassmannOptimizer):
     """Adam on the product of G(1, n)s, with one adaptive scale for each row of a weight: the paper's Adam-G.
 
-    Groups, errors and what is said of rows are as in `SGDG`; any other group is plain SGD with momentum.
-
-    Args:
-        params, lr, dampening, weight_decay, nesterov, grassmann, omega, grad_clip, maximize: as in `SGDG`.
-        momentum: on G(1, n) beta1, decay of the first moment, in [0, 1); of other groups SGD's.
-        beta2, epsilon: decay of the second moment, in [0, 1), and what is added to it before the root is
-            taken, positive; on G(1, n) only.
+    Groups, rates, errors and what is said of rows are as in `SGDG`; another group is SGD with momentum.
+    momentum: on G(1, n) beta1, decay of the first moment, in [0, 1); of other groups SGD's.
+    beta2, epsilon: of rows, decay of the second moment, in [0, 1), and what is added to it under the root.
 
     State on G(1, n): `momentum_buffer` (m, shaped as the weight), `second_moment` (v, (rows, 1)), `step`
-    (0-dim, float32). Here lr = 0 does stop a row. Without clipping, a gradient beyond 1e19 makes a row's
-    second moment infinite in float32: the row then stays put.
+    (0-dim, float32). Here lr = 0 does stop a row.
     """
 
     def __init__(
@@ -382,10 +370,11 @@ class AdamG(_GrassmannOptimizer):
         weight_decay: float = 0, nesterov: bool = False, grassmann: bool = False, beta2: float = 0.99,
         epsilon: float = 1e-8, omega: float = 0, grad_clip: float | None = None, *, maximize: bool = False,
     ):  # fmt: skip
-        everywhere = dict(lr=lr, momentum=momentum, grassmann=grassmann, maximize=maximize)
-        euclidean = dict(dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        rows = dict(omega=omega, grad_clip=grad_clip, beta2=beta2, epsilon=epsilon)
-        super().__init__(params, {**everywhere, **euclidean, **rows})
+        super().__init__(params, dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+            grassmann=grassmann, omega=omega, grad_clip=grad_clip, beta2=beta2, epsilon=epsilon,
+            maximize=maximize,
+        ))  # fmt: skip
 
     def _init_state(self, p: Tensor, state: dict) -> None:
         super()._init_state(p, state)
@@ -402,62 +391,51 @@ class AdamG(_GrassmannOptimizer):
         lr = super()._rates(params, group)
         return lr * _bias_correction(torch.stack(steps).to(lr.dtype), group["momentum"], group["beta2"])
 
-    def _adapted_state(self, state: dict, p: Tensor, group: dict, where: str) -> dict:
-        """Also takes the authors' m_buffer, v_buffer, beta1_power, beta2_power: beta^(t+1) after t steps."""
-        theirs = ("m_buffer", "v_buffer", "beta1_power", "beta2_power")
-        if group["grassmann"] and any(name in state for name in theirs):
-            _refuse(f"{where} has no", set(theirs) - state.keys())
-            m, v, power1, power2 = (state[name] for name in theirs)
-            beta1, beta2 = group["momentum"], group["beta2"]
-            step = round(math.log(power2, beta2)) - 1 if 0 < power2 < 1 and beta2 else -1
-            for name, power, beta in (("beta2_power", power2, beta2), ("beta1_power", power1, beta1)):
-                # Below 1e-300 a power has lost its digits, and Adam-G's correction is 1.
-                if step < 0 or not math.isclose(power, beta ** (step + 1), rel_tol=1e-6, abs_tol=1e-300):
-                    raise ValueError(f"{where} has {name!r} {power}, not {beta} to the number of a step")
-            others = {key: value for key, value in state.items() if key not in theirs}
-            t = torch.tensor(step, dtype=torch.float32)
-            state = {"momentum_buffer": m, "second_moment": v, "step": t, **others}
-        return super()._adapted_state(state, p, group, where)
+    def _translated_state(self, state: dict, p: Tensor, group: dict, which: str) -> dict:
+        """Also of the authors' m_buffer, v_buffer, beta1_power, beta2_power: beta2^(t+1) after t steps."""
+        if "beta2_power" in state:  # which underflows after some 74,000 steps, when the correction is 1
+            t = math.log(max(state["beta2_power"], 5e-324), group["beta2"]) - 1
+            names = {"m_buffer": "momentum_buffer", "v_buffer": "second_moment"}
+            state = {names.get(key, key): value for key, value in state.items() if "power" not in key}
+            state["step"] = torch.tensor(t, dtype=torch.float32).round()
+        return super()._translated_state(state, p, group, which)
+
+
+def _rates_of(groups: list[dict]) -> set[float]:  # 0 for a tensor, which may be on a GPU
+    return {0.0 if isinstance(group["lr"], Tensor) else float(group["lr"]) for group in groups}
 
 
 def _check_options(group: dict, known: list[str]) -> None:
     for key in group.keys() - set(known):
-        if any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in known):
-            continue  # a name of its own, such as a scheduler's initial_lr or max_momentum
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.79)
-        if close := close or [name for name in known if (key, name) == ("eps", "epsilon")]:
-            raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Invalid lr value: {group['lr']} (a tensor must be 1-element)")
+        # Not a name of its own, such as a scheduler's initial_lr or max_momentum.
+        if not any(key.startswith(f"{name}_") or key.endswith(f"_{name}") for name in known):
+            close = ["epsilon"] if key == "eps" else difflib.get_close_matches(key, known, n=1, cutoff=0.79)
+            if close and close[0] in known:
+                raise ValueError(f"unknown option {key!r} of a parameter group; did you mean {close[0]!r}?")
     clip, momentum, on_grassmann = group["grad_clip"], group["momentum"], group["grassmann"]
-    at_least_0 = ("lr", "momentum", "weight_decay", "omega")
-    fits = not group["nesterov"] or on_grassmann or (momentum != 0 and group["dampening"] == 0)
-    got = f"got momentum={momentum}, dampening={group['dampening']}"
-    needs = [
-        *((name, group[name] >= 0, "must not be negative") for name in at_least_0),
+    nesterov_fits = not group["nesterov"] or on_grassmann or (momentum != 0 and group["dampening"] == 0)
+    beta1_fits = "beta2" not in group or not on_grassmann or momentum < 1
+    for name, fits, need in (
+        *((name, group[name] >= 0, "must not be negative") for name in ("lr", "weight_decay", "omega")),
         ("grad_clip", clip is None or clip > 0, "must be positive, or None for no clipping"),
-        ("nesterov", fits, f"needs a momentum and no dampening, {got}"),
+        ("nesterov", nesterov_fits, "needs a momentum and no dampening"),
         ("beta2", 0 <= group.get("beta2", 0) < 1, "must be in [0, 1)"),
         ("epsilon", group.get("epsilon", 1) > 0, "must be positive"),
-    ]
-    if "beta2" in group and on_grassmann:
-        needs.append(("momentum", momentum < 1, "beta1 of a group on G(1, n) must be below 1"))
-    for name, fulfilled, need in needs:
-        if not fulfilled:
+        ("momentum", momentum >= 0, "must not be negative"),
+        ("momentum", beta1_fits, "beta1 of a group on G(1, n) must be below 1"),
+    ):
+        if not fits:
             raise ValueError(f"Invalid {name} value: {group[name]} ({need})")
 
 
-def _check_rows(p: Tensor, omega: float) -> None:
-    which = f"of shape {tuple(p.shape)}"
-    if p.ndim < 2:
-        raise ValueError(f"grassmann=True needs parameters with two or more dimensions, got one {which}")
+def _check_rows(p: Tensor, omega: float, name: str = "a parameter") -> None:
+    n, which = p.shape[1:].numel(), f"{name} of shape {tuple(p.shape)}"
+    if n == 1 or p.is_complex():
+        raise ValueError(f"grassmann=True needs real rows of at least two elements, got {which}, {p.dtype}")
     if not all(part.is_replicate() or part.is_shard(0) for part in getattr(p, "placements", ())):
-        raise ValueError(f"grassmann=True needs whole rows, got a parameter {which}, {p.placements}")
-    if (n := p.shape[1:].numel()) == 1:
-        raise ValueError(f"grassmann=True needs rows of at least two elements, got a parameter {which}")
+        raise ValueError(f"grassmann=True needs whole rows, got {which}, {p.placements}")
     if omega > 0 and p.shape[0] > n:
-        need = f"omega={omega} asks for orthogonal rows, but a parameter {which} has {p.shape[0]} rows of {n}"
-        raise ValueError(f"{need} elements; give it a group with omega=0")
+        raise ValueError(f"omega={omega} needs at least as many elements as rows, got {which}: take omega=0")
 
 
 # ------------------------------------------------------------------------------------ 4. a model's parameters
@@ -472,47 +450,54 @@ def grassmann_weights(
             weight_norm, pruning, FSDP1). Or "measured": all that `scale_invariance(model, loss_fn)` finds
             invariant. Or the names of the weights.
 
-    ValueError: another `select`, or one that does not go with `loss_fn`; a parameter without a shape yet
-    (lazy); a weight that is zero, so without directions (FSDP2's are gathered to see it), or that no gradient
-    reaches to measure it.
+    ValueError: another `select`, or one that does not go with `loss_fn`; a weight that is zero, so without
+    directions (FSDP2's are gathered to see it), or that no gradient reaches to measure it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"give the model itself, whose modules are looked at, not {type(model).__name__}")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _refuse("give the model a batch first, uninitialized:", [n for n, p in trainable.items() if is_lazy(p)])
+    if lazy := [name for name, p in trainable.items() if is_lazy(p)]:
+        raise ValueError(f"give the model a batch first, which shapes {', '.join(lazy)}")
     if select == "shape" and loss_fn is None:
         chosen = _weights_by_shape(model)
     elif select == "measured" and loss_fn is not None:
         measured = scale_invariance(model, loss_fn)
-        remedy = "measure after a step or without scales of 0, and freeze what is unused; no gradient:"
-        _refuse(remedy, [m.name for m in measured if math.isnan(m.cosine)])
+        if idle := [m.name for m in measured if math.isnan(m.cosine)]:
+            raise ValueError(f"no gradient reaches {', '.join(idle)}: freeze it, or measure after a step")
         chosen = [m.name for m in measured if m.invariant]
     elif isinstance(select, str) or loss_fn is not None:
-        got = f"got {select!r}, loss_fn={loss_fn}"
-        raise ValueError(f"select must be 'shape', names of weights, or 'measured' with a loss_fn; {got}")
+        raise ValueError(f"select must be 'shape', names, or 'measured' with a loss_fn, and is {select!r}")
     else:
         chosen = list(select)
-        _refuse("select: no trainable parameter", set(chosen) - trainable.keys())
+        if unknown := sorted(set(chosen) - trainable.keys()):
+            raise ValueError(f"select: the model has no trainable parameter {', '.join(unknown)}")
     weights = {name: p for name, p in trainable.items() if name in chosen}
-    known = [(n, p) for n, p in weights.items() if type(p) is nn.Parameter and not p.is_meta and p.numel()]
-    known += [(n, p.full_tensor()) for n, p in weights.items() if _is_sharded(p) and not p.is_meta]
-    _refuse("initialize, or do not select, what has no direction:", [n for n, p in known if not p.any()])
+    for name, p in weights.items():
+        whole = p.full_tensor() if _is_sharded(p) and not p.is_meta else p
+        if type(whole) in (Tensor, nn.Parameter) and not whole.is_meta and whole.numel() and not whole.any():
+            raise ValueError(f"{name} is zero, without a direction: initialize it, or do not select it")
     return weights
 
 
 def _weights_by_shape(model: nn.Module) -> list[str]:
-    types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, types)]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     convolutions = {f"{name}.weight".removeprefix("."): m._parameters.get("weight") for name, m in modules}
     if computed := [name for name, p in convolutions.items() if p is None or p.ndim < 2]:
         why = "not on G(1, n), as computed from other parameters (weight_norm, pruning, FSDP1)"
         warnings.warn(f"{why}: {', '.join(computed)}", stacklevel=3)
-    return [name for name, p in convolutions.items() if name not in computed and _is_undercomplete(p)]
+    return [n for n, p in convolutions.items() if n not in computed and p.shape[0] < p.shape[1:].numel()]
 
 
-def _is_undercomplete(p: Tensor) -> bool:
-    return p.shape[0] < p.shape[1:].numel()
+def _normalize_rows(p: Tensor) -> None:
+    weight = _local(p, p).detach()
+    rows = _rows(weight, weight)
+    y, length = unit(rows)
+    # Rows that are unit but for rounding stay: groups made again, as to resume, change nothing.
+    kept = (length - 1).abs() <= 16 * torch.finfo(p.dtype).eps
+    stored = _stored(weight, weight)
+    stored.copy_(torch.where(kept, rows, y).view(stored.shape))
 
 
-@torch.no_grad()
 def grassmann_param_groups(
     model: nn.Module, lr: float, lrg: float,
     *, momentum: float = 0.9, omega: float = 0.1, grad_clip: float | None = 0.1,
@@ -528,25 +513,21 @@ def grassmann_param_groups(
     Weights on G(1, n) with no fewer rows than elements in a row, whose rows cannot be orthogonal, make a
     group "grassmann_overcomplete" with omega = 0. Frozen parameters and empty groups are left out.
 
-    Warning: sets the rows of the Grassmann weights to unit length, in place (zero rows stay zero), which
-    changes what a trained network computes: in evaluation mode the running averages of a following batch
-    normalization belong to the old lengths until training renews them; where none follows (a residual block's
-    last convolution) the output itself changes. So make the groups before a copy of the model that averages
-    weights (EMA, SWA), and after what replaces parameters (`fully_shard`). Tools that set one rate for all
-    groups (SWALR, OneCycleLR or CyclicLR with a number) erase lrg: give them a list of rates.
+    Warning: makes the rows on G(1, n) unit, in place (zero rows stay zero), which changes what a trained
+    network computes. Make the groups before a copy of the model and after `fully_shard`.
 
     lr, lrg: learning rates of the Euclidean groups and of the rows on G(1, n). momentum: of all groups. Other
-    arguments, errors and warnings: as in `SGDG` and `grassmann_weights`.
+    arguments, errors and warnings: as in `SGDG` and `grassmann_weights`; ValueError where nothing is chosen.
     """
     chosen = grassmann_weights(model, select, loss_fn)
-    for p in chosen.values():
-        _check_rows(p, omega=0.0)
-        weight = _local(p, p)
-        rows = _rows(weight, weight)
-        y, length = unit(rows)
-        # Rows that are unit but for rounding stay: groups made again, as to resume, change nothing.
-        kept = (length - 1).abs() <= 16 * torch.finfo(p.dtype).eps
-        _write_rows(weight, weight, torch.where(kept, rows, y))
+    if not chosen and isinstance(select, str):
+        seen = ", ".join(name for name, m in model.named_modules() if isinstance(m, _CONVOLUTIONS)) or "none"
+        rule = f"no weight of Conv1d, Conv2d or Conv3d (here: {seen}) has fewer rows than elements in a row"
+        way = "choose linear layers before a normalization by select='measured' with a loss_fn, or by name"
+        raise ValueError(f"nothing for G(1, n): {'no weight is invariant' if loss_fn else f'{rule}; {way}'}")
+    for name, p in chosen.items():
+        _check_rows(p, omega=0.0, name=name)
+        _normalize_rows(p)
     grassmann = {"lr": lrg, "momentum": momentum, "grassmann": True, "grad_clip": grad_clip}
     euclidean = {"lr": lr, "momentum": momentum, "grassmann": False, "nesterov": momentum > 0}
     options = {
@@ -558,7 +539,7 @@ def grassmann_param_groups(
     groups: dict[str, list[Tensor]] = {name: [] for name in options}
     for name, p in model.named_parameters():
         if name in chosen:
-            groups["grassmann" if _is_undercomplete(p) else "grassmann_overcomplete"].append(p)
+            groups["grassmann" if p.shape[0] < p.shape[1:].numel() else "grassmann_overcomplete"].append(p)
         elif p.requires_grad:
             groups["bn_bias" if p.ndim < 2 else "other"].append(p)
     return [{"params": params, "name": name, **options[name]} for name, params in groups.items() if params]
@@ -578,29 +559,24 @@ class ScaleInvariance(NamedTuple):
 def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
     """Measure which weights matter only through the directions of their rows, by a forward and backward pass.
 
-    If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler's theorem for
-    functions homogeneous of degree 0): cos(w, g) is then rounding error and what a normalization's eps
-    leaves, else as large as chance gives. (So weights whose outputs vary by little more than eps are not
-    invariant, and are not found to be.)
+    If the loss does not depend on the length of a row w, its gradient is orthogonal to w (Euler): the cosine
+    is then rounding error and what a normalization's eps leaves, else as large as chance gives.
 
-    model: any module in float32 or more, not sharded. Its buffers, gradients and modes, and torch's
-    generators, are left as they were. If it is in training mode its parts keep their modes (as a frozen batch
-    normalization), else all are in training mode for the measurement.
+    model: any module in float32 or more, not sharded; in evaluation mode it is measured in training mode. Its
+    buffers, gradients and modes, and torch's generators, are left as they were.
     loss_fn: the loss of a batch, `loss_fn(model)`, a scalar; called with autocast off.
-
-    Returns an entry for each trainable weight with two or more dimensions and rows of at least two elements.
+    Returns an entry for each trainable weight that has rows of at least two elements.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.numel()]
     if not (named := [(name, p) for name, p in trainable if p.shape[1:].numel() > 1]):
         return []
-    unfit = [name for name, p in named if p.dtype in _LOW_PRECISION or _is_sharded(p)]
-    _refuse("measure in float32, and before weights are sharded:", unfit)
+    if unfit := [name for name, p in named if p.dtype in _LOW_PRECISION or _is_sharded(p)]:
+        raise ValueError(f"measure in float32 and before weights are sharded, not {', '.join(unfit)}")
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    devices, device = {p.device.index for p in model.parameters() if p.is_cuda}, named[0][1].device.type
     try:
-        generators, device = torch.random.fork_rng(devices=sorted(devices)), named[0][1].device.type
-        with generators, torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device, enabled=False):
             loss = loss_fn(model if model.training else model.train())
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     finally:
@@ -613,8 +589,8 @@ def scale_invariance(model: nn.Module, loss_fn: _Loss) -> list[ScaleInvariance]:
 
 
 def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
-    shape, w = tuple(w.shape), w.flatten(1).double()
-    g = torch.zeros_like(w) if g is None else g.flatten(1).double()
+    shape, w = tuple(w.shape), w.flatten(1)
+    g = torch.zeros_like(w) if g is None else g.flatten(1)
     active = (w != 0).any(1) & (g != 0).any(1)
     cosines = (unit(w)[0] * unit(g)[0]).sum(1).abs()[active]
     cosine = cosines.max().item() if len(cosines) else math.nan
@@ -623,14 +599,16 @@ def _measure_cosine(name: str, w: Tensor, g: Tensor | None) -> ScaleInvariance:
 
 
 # -------------------------------------------------------------------------------------- 5. fast paths
-# The rules of section 2 once more, in place and with fewer passes over memory. Both algorithms at once, with
-# the momentum M (tau or m):
-#     M <- decay M + gain h;   a = s |M|;   y <- y cos a + M/|M| sin a;   M <- M cos a - y |M| sin a
-# where SGD-G has gain = -lr and s = 1, Adam-G gain = 1 - b1 and s = -lr correction / sqrt(v + epsilon). The
-# step is d = s M, so a is |d| with the sign of s, and the last formula is Eq. 8 for an M parallel to d.
-# `rate` is lr (SGD-G) or lr * correction (Adam-G); v is None for SGD-G.
+# The rules of section 2 once more, in place and with fewer passes over memory; M is tau or m:
+#     g <- g + 2 omega (Y Y' - I) Y                                             by layers, _add_regularizer
+#     y <- y / |y|;   h <- g - (y'g) y, twice;   h <- h min(1, nu / |h|)        by rows, the rest
+#     SGD-G:   M <- momentum M - rate h;        s <- 1
+#     Adam-G:  M <- beta1 M + (1 - beta1) h;    v <- beta2 v + (1 - beta2) h'h;   s <- -rate/sqrt(v + epsilon)
+#     a <- s |M|                                                                the step is d = s M
+#     y, M <- y cos a + M/|M| sin a,   M cos a - y |M| sin a                    Eq. 7, and Eq. 8 for M along d
+# rate: lr, in Adam-G times its bias correction. On the CPU rows go in blocks that stay in the cache, on a
+# GPU each in a program of a Triton kernel, which reads and writes its elements once.
 _Layer = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, g, m (rows, n) and v (rows, 1), None for SGD-G
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def _step_in_blocks(params, states: list[dict], rates: Tensor, *, omega, maximize, **options) -> None:
@@ -642,19 +620,20 @@ def _step_in_blocks(params, states: list[dict], rates: Tensor, *, omega, maximiz
         del layer  # before the next one's buffer is made
 
 
-def _step_by_kernel(params, states, rates, *, tables, group, omega, maximize, **options) -> None:
-    """The same for float32 weights on a GPU: all rows of all weights in one launch (`_advance_all`)."""
+def _step_by_kernel(params, states: list[dict], rates: Tensor, *, omega, maximize, **options) -> None:
+    """The same for float32 weights on a GPU, with the matrix products of all of them first."""
     layers = [_layer(p, state, maximize) for p, state in zip(params, states, strict=True)]
     layers = _add_regularizer(params, layers, omega)
     with torch.cuda.device_of(params[0]):
-        _advance_all(layers, rates, *_device_tables(tables, layers, group), **options)
-    for p, state, layer in zip(params, states, layers, strict=True):
-        _put_back(p, state, layer)
+        for i, (p, state, layer) in enumerate(zip(params, states, layers, strict=True)):
+            _launch(*layer, rates, i, **options)
+            _put_back(p, state, layer)
 
 
 def _suits_kernel(p: Tensor) -> bool:
     fits = p.dtype == torch.float32 and p.shape[1:].numel() <= _LONGEST_ROW
-    return fits and p.device.type == _KERNEL_DEVICE and "_advance_kernel" in globals()
+    works = p.device.type == _KERNEL_DEVICE and p.device not in _WITHOUT_KERNEL
+    return fits and works and "_advance_kernel" in globals()
 
 
 def _suits_fused_sgd(p: Tensor, state: dict) -> bool:
@@ -670,22 +649,14 @@ def _arithmetic(p: Tensor) -> torch.dtype:
     return torch.float32 if p.dtype in _LOW_PRECISION else p.dtype
 
 
+def _stored(t: Tensor, weight: Tensor) -> Tensor:
+    """t with its dimensions behind the rows in the order in which `weight` stores them (any order serves)."""
+    return t.permute(0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True))
+
+
 def _rows(t: Tensor, weight: Tensor) -> Tensor:
-    """t as (rows, n), the elements of a row in the order in which `weight` stores them; any order serves.
-
-    A view where t is stored as the weight is (contiguous, channels_last or any other order), else a copy.
-    """
-    return t.permute(0, *_storage_order(weight)).reshape(t.shape[0], t.shape[1:].numel())
-
-
-def _write_rows(t: Tensor, weight: Tensor, rows: Tensor) -> None:
-    """The inverse of `_rows`: fill t, in place, from rows (rows, n)."""
-    stored = t.permute(0, *_storage_order(weight))
-    stored.copy_(rows.view(stored.shape))
-
-
-def _storage_order(weight: Tensor) -> list[int]:
-    return sorted(range(1, weight.ndim), key=weight.stride, reverse=True)
+    """t as (rows, n): a view where it is stored as the weight is (contiguous, channels_last), else a copy."""
+    return _stored(t, weight).reshape(t.shape[0], t.shape[1:].numel())
 
 
 def _layer(p: Tensor, state: dict, maximize: bool) -> _Layer:
@@ -701,30 +672,27 @@ def _put_back(p: Tensor, state: dict, layer: _Layer) -> None:
     """Write y and m where `_layer` had to copy them."""
     for t, rows in ((p, layer[0]), (state["momentum_buffer"], layer[2])):
         if rows._base is None:  # no view
-            _write_rows(_local(t, p), _local(p, p), rows)
+            stored = _stored(_local(t, p), _local(p, p))
+            stored.copy_(rows.view(stored.shape))
 
 
 def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -> list[_Layer]:
     """The layers with g + omega * orthogonality_gradient(y) for g; makes the rows of each y unit, in place.
 
-    Needs one buffer of the size of the weights of one shape: for the stacked y of the first products, which
-    are too small to fill a GPU one by one, and then for the results.
+    Products of weights of one shape go together: one by one they are too small to fill a GPU.
     """
     layers, alike = list(layers), dict[torch.Size, list[int]]()
     for i, (y, g, m, v) in enumerate(layers if omega else []):
         if len(y):
-            y.div_(_lengths(y))
+            y.div_(_norms(y, least=_SHORT).clamp_(min=_ZERO_ROW))
         if _is_sharded(params[i]):
             layers[i] = y, _add_sharded_regularizer(params[i], y, g, omega), m, v
         else:
             alike.setdefault(y.shape, []).append(i)
     for indices in alike.values():
-        ys = [layers[i][0] for i in indices]
-        if len(ys) == 1:
-            buffer, gram = torch.empty_like(ys[0])[None], (ys[0] @ ys[0].mT)[None]
-        else:
-            buffer = torch.stack(ys)
-            gram = buffer @ buffer.mT
+        first, *others = ys = [layers[i][0] for i in indices]
+        buffer = torch.stack(ys) if others else torch.empty_like(first)[None]  # and then of the results
+        gram = buffer @ buffer.mT if others else (first @ first.mT)[None]
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
         for i, e, out in zip(indices, gram, buffer, strict=True):
             y, g, m, v = layers[i]
@@ -733,20 +701,14 @@ def _add_regularizer(params: list[Tensor], layers: list[_Layer], omega: float) -
 
 
 def _is_sharded(t: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 (`fully_shard`) makes: several processes share its rows."""
-    return _placements(t) is not None
-
-
-def _placements(t: Tensor) -> tuple | None:
-    return getattr(t, "placements", None)  # importing DTensor takes half a second
+    """Whether it is a DTensor (to import which takes half a second), as FSDP2's `fully_shard` makes."""
+    return hasattr(t, "placements")
 
 
 def _local(t: Tensor, weight: Tensor) -> Tensor:
     """The part of t that is in this process, where `weight` is sharded; else t."""
     if not _is_sharded(weight):
         return t
-    if not _is_sharded(t):
-        raise ValueError("a sharded weight has a gradient or state that is not sharded")
     if t.placements != weight.placements:
         t = t.redistribute(placements=weight.placements)
     return t.to_local()
@@ -763,8 +725,8 @@ def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float)
     from torch.distributed.tensor import Replicate
 
     everywhere = [Replicate()] * weight.device_mesh.ndim
-    numbers = torch.arange(weight.shape[0], device=y.device)  # of all rows
-    numbers = type(weight).from_local(numbers, weight.device_mesh, everywhere, run_check=False)
+    all_rows = torch.arange(weight.shape[0], device=y.device)
+    numbers = type(weight).from_local(all_rows, weight.device_mesh, everywhere, run_check=False)
     numbers = numbers.redistribute(placements=weight.placements).to_local()  # of this process's rows
     whole = _sharded_as(weight, y).full_tensor()
     gram = y @ whole.mT
@@ -772,7 +734,6 @@ def _add_sharded_regularizer(weight: Tensor, y: Tensor, g: Tensor, omega: float)
     return torch.addmm(g, gram, whole, alpha=2 * omega)
 
 
-# In blocks of rows.
 _BLOCK = 2**18  # elements: blocks of y, g, M and scratch stay in the cache
 _SHORT, _LONG = 1e-15, 1e18  # the squares of a shorter or longer row may under- or overflow in float32
 _ZERO_ROW, _ZERO_MOMENTUM = 1e-30, 1e-18  # divisors instead of lengths of 0
@@ -786,31 +747,25 @@ def _advance(y, g, m, v, rate, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None)
     decay: momentum or beta1. beta2, epsilon: of Adam-G only.
     """
     size = max(1, _BLOCK // y.shape[1])
-    buffer = torch.empty_like(y[:size], memory_format=torch.contiguous_format)
+    scratch = torch.empty_like(y[:size], memory_format=torch.contiguous_format)
     for i in range(0, len(y), size):
         y_, g_, m_ = (t[i : i + size] for t in (y, g, m))
-        scratch = buffer[: len(y_)]
-        inverse = _lengths(y_).reciprocal_()
-        h, h_norm = _tangent(y_, g_, inverse, out=scratch)
-        shorten = torch.ones_like(h_norm) if grad_clip is None else grad_clip / h_norm.clamp(min=grad_clip)
-        scale: float | Tensor = 1.0
+        inverse = _norms(y_, least=_SHORT).clamp_(min=_ZERO_ROW).reciprocal_()
+        h, h_norm = _tangent(y_, g_, inverse, out=scratch[: len(y_)])
+        clip = torch.ones_like(h_norm) if grad_clip is None else grad_clip / h_norm.clamp(min=grad_clip)
         if v is None:
-            m_.mul_(decay).addcmul_(h, shorten.mul_(-rate))
+            gain, scale = clip * -rate, 1.0
         else:
-            h_norm.mul_(shorten)
+            h_norm.mul_(clip)
             v_ = v[i : i + size].mul_(beta2).addcmul_(h_norm, h_norm, value=1 - beta2)
-            m_.mul_(decay).addcmul_(h, shorten.mul_(1 - decay))
-            scale = -rate / (v_ + epsilon).sqrt_()
+            gain, scale = clip * (1 - decay), -rate / (v_ + epsilon).sqrt_()
+        m_.mul_(decay).addcmul_(h, gain)
         m_norm = _norms(m_)
         angle = m_norm * scale
         sin, cos = angle.sin(), angle.cos()
-        if not _is_readable(y) or inverse.max().item() > 0.5 / _ZERO_ROW:
-            zero = inverse > 0.5 / _ZERO_ROW  # such a row becomes its step's direction, where it has one
-            sin = torch.where(zero, angle.sign(), sin)
-            cos = torch.where(zero & (angle != 0), 0, cos)
-        lost = torch.mul(y_, (sin * inverse).mul_(m_norm), out=scratch)  # m's part that points back along y
-        y_.mul_(inverse.mul_(cos)).addcmul_(m_, sin.div_(m_norm.clamp_(min=_ZERO_MOMENTUM)))
-        m_.mul_(cos).sub_(lost)
+        back = torch.mul(y_, sin * inverse * m_norm, out=h)  # what turns back along y; h has been used
+        y_.mul_(inverse * cos).addcmul_(m_, sin / m_norm.clamp(min=_ZERO_MOMENTUM))
+        m_.mul_(cos).sub_(back)
 
 
 def _tangent(y: Tensor, g: Tensor, inverse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -819,81 +774,62 @@ def _tangent(y: Tensor, g: Tensor, inverse: Tensor, out: Tensor) -> tuple[Tensor
     h = torch.addcmul(g, y, along * inverse, value=-1, out=out)
     h_norm = _norms(h)
     # As in `project`, a second time; where a look at the values is cheap, only if it matters.
-    if not _is_readable(h) or (along.abs_() > _CANCELLED * h_norm).any():
+    if not _is_on_host(h) or (along.abs_() > _CANCELLED * h_norm).any():
         along = (y * h).sum(1, keepdim=True).mul_(inverse)
         h.addcmul_(y, along.mul_(inverse), value=-1)
         h_norm = _norms(h)
     return h, h_norm
 
 
-def _lengths(y: Tensor) -> Tensor:
-    """|y| row by row, (rows, 1), to divide by: not 0 for a zero row."""
-    return _norms(y, least=_SHORT).clamp_(min=_ZERO_ROW)
-
-
 def _norms(x: Tensor, least: float = 0.0) -> Tensor:
     """|x| row by row, (rows, 1), also where float32 squares overflow or, below `least`, underflow."""
-    if not _is_readable(x):  # float64 sums cost nothing there; a look would wait
-        if x.dtype != torch.float32:
-            return unit(x)[1]
-        return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
+    if not _is_on_host(x):  # a look would wait
+        if x.dtype == torch.float32 and x.is_cuda:  # which has float64, as not every device
+            return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).float()
+        return unit(x)[1]
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     low, high = norms.aminmax()
     return norms if high.item() < _LONG and low.item() >= least else unit(x)[1]
 
 
-def _is_readable(t: Tensor) -> bool:
+def _is_on_host(t: Tensor) -> bool:
     """Whether t has values (is not fake) that can be read without waiting for a device."""
     return t.is_cpu and type(t) in (Tensor, nn.Parameter)
 
 
-# In one Triton kernel.
 _LONGEST_ROW = 8192  # elements that a program of the kernel holds in registers; longer rows go in blocks
 _KERNEL_DEVICE = "cuda" if importlib.util.find_spec("triton") else None  # torch brings it for a GPU
+_BLOCKS_INSTEAD = """Steps go on in blocks of rows, slower, with the same results. The kernel needs a C \
+compiler, Python's headers (python3-dev), a folder to write to (TRITON_CACHE_DIR) and a GPU it knows."""
+_LAUNCHED: set[tuple] = set()  # device, length of a row, method, clipping: of the kernels launched so far
+_WITHOUT_KERNEL: set[torch.device] = set()  # where the first launch of one failed
 
 
-def _advance_all(layers, rates, table, layer_of_row, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None):
-    """`_advance` for all rows of all layers in one launch of a Triton kernel, which reads each element once.
+def _launch(y, g, m, v, rates, layer, *, decay, beta2=0.0, epsilon=0.0, grad_clip=None) -> None:
+    """`_advance` by a Triton kernel; y, g, m: contiguous float32, n <= _LONGEST_ROW; rate: rates[layer].
 
-    layers: as in `_advance`, contiguous float32, n <= _LONGEST_ROW; rates: (layers,) float32 on the device;
-    table, layer_of_row: from `_host_table`.
+    What stops a kernel from being built or launched the first time has changed nothing: the blocks take over.
     """
-    if not len(layer_of_row):
-        return
-    size = 1 << (max(y.shape[1] for y, *_ in layers) - 1).bit_length()
-    # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
-    globals()["_advance_kernel"][(len(layer_of_row),)](
-        table, layer_of_row, rates,
-        float(decay), 1.0 - decay, float(beta2), 1.0 - beta2, float(epsilon), float(grad_clip or 0),
-        ADAM=layers[0][3] is not None, CLIP=grad_clip is not None,
-        SIZE=size, num_warps=max(1, min(16, size // 512)),
-    )  # fmt: skip
-
-
-def _host_table(layers: list[_Layer], pin: bool) -> tuple[Tensor, Tensor]:
-    """The kernel's table (layers, 6) int64 and layer of each row (rows,) int32, on the host."""
-    rows = [len(y) for y, *_ in layers]
-    before = [sum(rows[:i]) for i in range(len(rows))]
-    addresses = [[0 if t is None else t.data_ptr() for t in layer] for layer in layers]
-    entries = [[*a, y.shape[1], b] for a, (y, *_), b in zip(addresses, layers, before, strict=True)]
-    table = torch.tensor(entries, dtype=torch.int64, pin_memory=pin)
-    layer_of_row = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(rows))
-    return table, layer_of_row.pin_memory() if pin else layer_of_row
-
-
-def _device_tables(cache: dict, layers: list[_Layer], group: int) -> list[Tensor]:
-    """`_host_table` on the device; `cache` keeps it until an address or shape has changed."""
-    device = layers[0][0].device
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    made_from = [(t.shape, t.data_ptr()) for layer in layers for t in layer if t is not None]
-    if captured or cache.get((group, device), (None,))[0] != made_from:
-        host = _host_table(layers, pin=device.type == "cuda")
-        tables = [t.to(device, non_blocking=True) for t in host]
-        if captured:  # each replay copies from the host's table again: both are the graph's alone, for good
-            cache.setdefault("captured", []).append((host, tables))
-            return tables
-        cache[group, device] = made_from, tables
-    return cache[group, device][1]
+    rows, n = y.shape
+    kernel, size = (y.device, n, v is None, grad_clip is None), 1 << (n - 1).bit_length()
+    try:
+        if rows and y.device not in _WITHOUT_KERNEL:
+            # Not by name: cloudpickle would take the kernel along, which cannot be pickled.
+            globals()["_advance_kernel"][(rows,)](
+                y, g, m, v, rates, layer, n, float(decay), 1.0 - decay, float(beta2), 1.0 - beta2,
+                float(epsilon), float(grad_clip or 0), ADAM=v is not None, CLIP=grad_clip is not None,
+                SIZE=size, num_warps=max(1, min(16, size // 512)), enable_fp_fusion=True,
+            )  # fmt: skip
+            _LAUNCHED.add(kernel)
+            return
+    except Exception as error:
+        if kernel in _LAUNCHED:
+            raise
+        if not _WITHOUT_KERNEL:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            warnings.warn(f"no Triton kernel on {y.device} ({why}). {_BLOCKS_INSTEAD}", stacklevel=2)
+        _WITHOUT_KERNEL.add(y.device)
+    _advance(y, g, m, v, rates[layer], decay=decay, beta2=beta2, epsilon=epsilon, grad_clip=grad_clip)
 
 
 if _KERNEL_DEVICE:
@@ -906,24 +842,14 @@ if _KERNEL_DEVICE:
         x = x.to(tl.float64)
         return tl.sqrt(tl.sum(x * x, 0)).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["layer"])
     def _advance_kernel(
-        table, layer_of_row, rates, decay, gain, beta2, rest2, epsilon, grad_clip,
+        y_at, g_at, m_at, v_at, rates, layer, n, decay, rest, beta2, rest2, epsilon, grad_clip,
         ADAM: tl.constexpr, CLIP: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
-        """`_advance` for one row of one layer, in registers.
-
-        table: (layers, 6) int64: addresses of y, g, m and v, n, and how many rows come before the layer's.
-        gain: 1 - decay. rest2: 1 - beta2. SIZE: a power of 2, at least n.
-        """
-        layer = tl.load(layer_of_row + tl.program_id(0))
-        entry = table + 6 * layer
-        n = tl.load(entry + 4)
-        row = tl.program_id(0) - tl.load(entry + 5)
-        y_at = tl.load(entry).to(tl.pointer_type(tl.float32)) + row * n
-        g_at = tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + row * n
-        m_at = tl.load(entry + 2).to(tl.pointer_type(tl.float32)) + row * n
-        v_at = tl.load(entry + 3).to(tl.pointer_type(tl.float32)) + row
+        """`_advance` for a row, in registers. rest, rest2: 1 - decay, 1 - beta2. SIZE: a power of 2 >= n."""
+        row = tl.program_id(0).to(tl.int64)
+        y_at, g_at, m_at = y_at + row * n, g_at + row * n, m_at + row * n
         columns = tl.arange(0, SIZE)
         inside = columns < n
         y = tl.load(y_at + columns, inside, 0.0)
@@ -934,24 +860,21 @@ if _KERNEL_DEVICE:
         h = g - tl.sum(y * g, 0) * y
         h = h - tl.sum(y * h, 0) * y
         h_norm = _norm(h)
-        shorten = 1.0
+        clip = 1.0
         if CLIP:
-            shorten = grad_clip / tl.maximum(h_norm, grad_clip)
+            clip = grad_clip / tl.maximum(h_norm, grad_clip)
         rate = tl.load(rates + layer)
-        factor = -rate * shorten
+        gain = -rate * clip
         scale = 1.0
         if ADAM:
-            v = beta2 * tl.load(v_at) + rest2 * (h_norm * shorten) * (h_norm * shorten)
-            tl.store(v_at, v)
-            factor = gain * shorten
+            v = beta2 * tl.load(v_at + row) + rest2 * (h_norm * clip) * (h_norm * clip)
+            tl.store(v_at + row, v)
+            gain = rest * clip
             scale = -rate / tl.sqrt(v + epsilon)
-        m = decay * m + factor * h
+        m = decay * m + gain * h
         m_norm = _norm(m)
         angle = m_norm * scale
         sin, cos = tl.sin(angle), tl.cos(angle)
-        starts = (y_norm == 0) & (angle != 0)  # a zero row becomes its step's direction
-        sin = tl.where(starts, tl.where(angle < 0, -1.0, 1.0), sin)
-        cos = tl.where(starts, 0.0, cos)
         to_y = tl.where(m_norm > 0, sin / tl.where(m_norm > 0, m_norm, 1.0), scale)  # sin a / |M|, or s
         tl.store(y_at + columns, y * cos + m * to_y, inside)
         tl.store(m_at + columns, m * cos - y * (m_norm * sin), inside)

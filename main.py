@@ -355,10 +355,11 @@ def run(argv: list[str] | None) -> int:
             t = Training(options, hold_out(data, options.holdout) if options.holdout else data)
             if state:
                 restore(t, state)
+            if not options.eval:
+                t.plan()  # an impossible --batchSize ends here, before a file is written
         if options.eval:
             print_evaluation(t)
             return 0
-        t.plan()  # an impossible --batchSize ends here, before a file is written
         config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
         config["weights_from"] = t.weights_from
         distributed.on_rank0(lambda: utils.write_config(save_to, config, t.device))

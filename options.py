@@ -15,7 +15,6 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 
 import torch
 
@@ -151,7 +150,7 @@ class Options:
     grad_clip: float | None = option(0.1, "norm clipping on G(1,n); 0 or none: off", type=clip_threshold)
     select: str | None = option("shape", "weights on G(1,n): by the authors' rule, or the scale-invariant", choices=["shape", "measured"])
     epochs: int = option(PAPER, "epochs in all", RESUMED, type=number(int, 1))
-    epoch_step: list[int] = option(PAPER, "finished epochs after which the learning rates drop, as '[60,120]'", type=epoch_list)
+    epoch_step: list = option(PAPER, "finished epochs after which the learning rates drop, as '[60,120]'", type=epoch_list)
     lr_decay_ratio: float = option(PAPER, "factor of a drop", type=number(float, 0, HUGE, exclusive=True))
 
     save: Path = option(None, "the run's directory", CALL, shown="logs/<dataset>/<model>/<method>/seed<k>", type=local_path)
@@ -179,17 +178,9 @@ class Options:
 
 
 ROWS = {row.name: row.metadata for row in fields(Options)}
-GROUPS = {
-    "model": "model",
-    "dataset": "data",
-    "optim_method": "optimization",
-    "save": "run",
-}  # by their first row
-CAMEL_CASE = {
-    "batch_size": "batchSize",
-    "weight_decay": "weightDecay",
-    "bn_decay": "bnDecay",
-}  # the authors' flags
+KINDS = {row.name: row.type for row in fields(Options)}
+# Of --help, by their first row.
+GROUPS = {"model": "model", "dataset": "data", "optim_method": "optimization", "save": "run"}
 CALL_NAMES = {name for name, row in ROWS.items() if row["when"] == CALL}
 CHANGES_ON_RESUME = {name for name, row in ROWS.items() if row["when"] == RESUMED}
 CHANGES_ON_EVAL = {name for name, row in ROWS.items() if row["when"] in (RESUMED, EVALUATED)}
@@ -247,7 +238,7 @@ def default_text(name: str) -> str:
     """The default of an option, for --help: its row's, or the paper's for each method or model."""
     row = ROWS[name]
     if row["default"] is not PAPER:
-        return row["shown"] or {False: "off", None: "none"}.get(row["default"], str(row["default"]))
+        return row["shown"] or {"False": "off", "None": "none"}.get(str(row["default"]), str(row["default"]))
     texts = []
     for protocol, values in PROTOCOLS.items():
         if name in values["common"]:
@@ -318,16 +309,13 @@ def choose_options(given: dict, save: Path, source: Path | None) -> tuple[Option
         UsageError: an option differs from the checkpoint's, or options do not go together.
         UserError: the checkpoint cannot be used.
     """
-    if source is None:
-        if given.get("eval"):
-            raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
-        state, chosen = None, fill_in(given)
-    else:
-        state = load_checkpoint(source)
-        with reading(source):
-            chosen = continue_with(given, state["options"], source)
-    options = Options(**{**chosen, "save": save})
-    check_options(options, resumed=source is not None)
+    if source is None and given.get("eval"):
+        raise UsageError("--eval needs a checkpoint; name its run directory with --resume DIR")
+    state = load_checkpoint(source) if source else None
+    with reading(source):
+        chosen = continue_with(given, state["options"], source) if state else fill_in(given)
+        options = Options(**{**chosen, "save": save})
+        check_options(options, resumed=source is not None)
     unused = [f"--{name}" for name in given if given[name] is not None and getattr(options, name) is None]
     if unused:
         verb = "has" if len(unused) == 1 else "have"
@@ -353,11 +341,10 @@ def continue_with(given: dict, stored: dict, source: Path) -> dict:
     """
     call = {name: given.get(name, row["default"]) for name, row in ROWS.items() if name in CALL_NAMES}
     stored = {**LATER, **stored}
-    fresh = fill_in({name: stored[name] for name in ("model", "dataset", "optim_method")})
-    for name in (fresh.keys() | stored.keys()) - CALL_NAMES:
-        kinds = (float, int) if type(fresh[name]) is float else (type(fresh[name]), NoneType, str)
-        if not isinstance(stored[name], kinds):
-            raise ValueError(f"its option {name} is {stored[name]!r}")
+    for name in (ROWS.keys() | stored.keys()) - CALL_NAMES:
+        value, kind = stored[name], KINDS[name]
+        if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value >= 0):
+            raise ValueError(f"its option {name} is {value!r}")
     may_change = CHANGES_ON_EVAL if call["eval"] else CHANGES_ON_RESUME
     of_run = {name: value for name, value in given.items() if name not in CALL_NAMES}
     given = {name: value for name, value in without_unused({**stored, **of_run}).items() if name in of_run}

@@ -130,7 +130,7 @@ def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
     for index, name in enumerate(classes):
         mine = wrong[labels == index].double()
         error = f"error {100 * mine.mean():6.2f}%" if len(mine) else "no error to tell"
-        print(f"  {printable(name):30} {len(mine):7,} images  {error}")
+        print(f"  {name:30} {len(mine):7,} images  {error}")
 
 
 class Progress:
@@ -286,11 +286,12 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
         fixed = self.options.fixed()
-        first = ("optim_method", "lr", "lrg", "omega", "grad_clip")
+        first = ("optim_method", "lr", "lrg")  # with a number, as TensorBoard sorts by name
         hparams = {}
-        for name in dict.fromkeys([*first, *fixed]):
+        for number, name in enumerate(dict.fromkeys([*first, *fixed]), 1):
             plain = "none" if fixed[name] is None else fixed[name]
-            hparams[name] = str(plain) if isinstance(plain, list) else plain
+            column = f"{number} {name}" if name in first else name
+            hparams[column] = printable(str(plain)) if isinstance(plain, (list, str)) else plain
         # Not by add_hparams, which writes a second file.
         metrics = dict.fromkeys(("error/test", "loss/train"), 0)
         for summary in hparams_summaries(hparams, metrics):

@@ -6,6 +6,7 @@ that reads results reads such directories; everything that resumes needs only th
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -61,14 +62,14 @@ def answer(run: Callable[[], int]) -> int:
         return say(str(error), 1) if distributed.rank() == 0 else 1
     except OSError as error:
         return say(f"{error}; when that is settled, continue with --resume", 1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if lost := distributed.connection_error(error):
             return say(lost, 1) if distributed.rank() == 0 else 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split("\n\n")[0].split())[:200]
             advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
             return say(f"--compile failed ({reason}); {advice}", 1)
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
     except KeyboardInterrupt:
@@ -77,6 +78,12 @@ def answer(run: Callable[[], int]) -> int:
         if distributed.rank() == 0:
             print("main.py: interrupted outside of training; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, CUDA's or torch's word for that on the CPU."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def say(sentence: str, code: int) -> int:
@@ -208,6 +215,8 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
     file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()
+    for half in itertools.chain(*(save.glob(f".{name}.*.tmp") for name in (CONFIG, LOG, CHECKPOINT))):
+        half.unlink()  # of a run that was killed in `write_whole`
     return file
 
 

@@ -9,6 +9,7 @@ each group are expected in the order that they have in the file. What the epochs
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,8 +41,6 @@ def load_authors(t: Training, path: Path) -> None:
         counts = {name: value for name, value in t.model.state_dict().items() if name.endswith("_tracked")}
         t.model.load_state_dict({**counts, **params, **theirs["stats"]})
         t.epoch = int(theirs.get("epoch", 0))
-        for _ in range(t.epoch):
-            t.schedule.step()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         advice = "check --model, --depth, --width and --dataset"
@@ -83,7 +82,8 @@ def convert() -> int:
         config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
         utils.write_config(options.save, {**config, "weights_from": t.weights_from}, t.device)
         save_checkpoint(options.save / utils.CHECKPOINT, run_state(t))
-    print(f"{t.weights_from}: go on with python main.py --resume {options.save}")
+    way = f"python main.py --resume {shlex.quote(str(options.save))}"
+    print(utils.printable(f"{t.weights_from}: go on with {way}"))
     return 0
 
 

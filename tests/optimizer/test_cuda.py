@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 import grassmann_optimizer as go
@@ -50,7 +49,7 @@ def test_steps_are_those_of_the_cpu(Optimizer, omega):
 @OMEGAS
 def test_a_step_does_not_wait_for_the_device(Optimizer, omega):
     model, optimizer = make(Optimizer, "cuda", omega)
-    for step in range(2):  # state, tables and the compiled kernel
+    for step in range(2):  # state and the compiled kernels
         give_gradients(model, step)
         optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -62,7 +61,9 @@ def test_a_step_does_not_wait_for_the_device(Optimizer, omega):
 
 @BOTH
 @OMEGAS
-def test_a_cuda_graph_replays_training_steps(Optimizer, omega):
+@pytest.mark.parametrize("by_kernel", [True, False])  # or in blocks, as where it cannot be built
+def test_a_cuda_graph_replays_training_steps(Optimizer, omega, by_kernel, monkeypatch):
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", "cuda" if by_kernel else None)
     images = torch.randn(8, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.arange(8, device="cuda")
     rates = {"lr": torch.tensor(0.01, device="cuda"), "lrg": torch.tensor(0.2, device="cuda")}
@@ -105,15 +106,3 @@ def test_a_state_moves_to_another_device_and_back(Optimizer):
         for key, value in values.items():
             assert value.is_cuda
             assert torch.equal(value, state["state"][index][key])
-
-
-@BOTH
-def test_narrow_weights_take_the_float32_step_rounded(Optimizer):
-    weight = torch.randn(8, 40, device="cuda").bfloat16()
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        p = nn.Parameter(weight.to(dtype))
-        p.grad = torch.ones_like(p)
-        Optimizer([p], lr=0.2, grassmann=True).step()
-        results.append(p.detach().bfloat16())
-    torch.testing.assert_close(*results)

@@ -1,7 +1,14 @@
 """Every faster path is the update rule: in blocks, the Triton kernel by its interpreter, compiled steps."""
 
-import math
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
 import unittest.mock
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, unit
@@ -18,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel's: on the 
 pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 DECAY, BETA2, EPSILON = 0.9, 0.99, 1e-8
+SHAPES = [(3, 27), (5, 144), (2, 300)]
 
 
 def random_layer(rows, n, adam, dtype, *, scale=1.0, seed=0):
@@ -86,63 +96,6 @@ def test_the_path_in_blocks_is_the_rule(adam, clip, dtype, rows, block, n, expon
     assert_same((y, m, v), expected, dtype)
 
 
-@pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize("clip", [None, 0.1])
-def test_the_triton_kernel_is_the_rule(adam, clip):
-    """Three layers in one launch."""
-    shapes = [(3, 27), (5, 144), (2, 300)]
-    layers = [random_layer(*shape, adam, torch.float32, seed=i) for i, shape in enumerate(shapes)]
-    layers = [tuple(t if t is None else t.to(DEVICE) for t in layer) for layer in layers]
-    lrs = [0.1, 0.2, 0.3]
-    expected = [by_rule(*layer, lr, 3, clip) for layer, lr in zip(layers, lrs, strict=True)]
-    rates = torch.tensor([rate_of(lr, 3, adam) for lr in lrs], device=DEVICE)
-    options = {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip}
-    table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
-    go._advance_all(layers, rates, *table, **options)
-    for (y, _, m, v), right in zip(layers, expected, strict=True):
-        assert_same((y, m, v), right, torch.float32)
-
-
-def edges(dtype, device):
-    """y and g: zero gradient, zero row, a gradient along y, |h| of 1e-30 and 1e30, a row of length 2."""
-    y = torch.eye(6, 40, dtype=dtype, device=device)
-    y[1] = 0
-    y[5] *= 2
-    g = torch.zeros_like(y)
-    g[1, 7], g[2, 2], g[3, 7], g[4, 7], g[5, 7] = 0.05, 1.0, 1e-30, 1e30, 0.05
-    return y, g
-
-
-def test_edges_in_the_triton_kernel():
-    y, g = edges(torch.float32, DEVICE)
-    m = torch.zeros_like(y)
-    layers = [(y, g, m, None)]
-    table = [t.to(DEVICE) for t in go._host_table(layers, pin=False)]
-    rates = torch.tensor([0.5], device=DEVICE)
-    go._advance_all(layers, rates, *table, decay=0.9, grad_clip=0.1)
-    check_edges(y.cpu(), m.cpu())
-
-
-def check_edges(y, m):
-    expected = torch.eye(6, 40)
-    expected[1, 1], expected[1, 7] = 0, -1  # a zero row takes the direction of its step
-    for row, angle in ((4, 0.5 * 0.1), (5, 0.5 * 0.05)):
-        expected[row, row], expected[row, 7] = math.cos(angle), -math.sin(angle)
-    torch.testing.assert_close(y, expected, atol=1e-7, rtol=0)
-    assert m.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_edges_in_blocks(dtype, monkeypatch):
-    monkeypatch.setattr(go, "_BLOCK", 80)  # two rows
-    y, g = edges(dtype, "cpu")
-    p = nn.Parameter(y)
-    p.grad = g
-    optimizer = SGDG([p], lr=0.5, momentum=0.9, grassmann=True, grad_clip=0.1)
-    optimizer.step()
-    check_edges(p.detach().float(), optimizer.state[p]["momentum_buffer"])
-
-
 @BOTH
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_huge_and_tiny_gradients_stay_finite_and_on_the_sphere(Optimizer, clip):
@@ -156,20 +109,6 @@ def test_huge_and_tiny_gradients_stay_finite_and_on_the_sphere(Optimizer, clip):
         torch.testing.assert_close(p.detach().norm(dim=1), torch.ones(5), atol=1e-6, rtol=0)
         if size == 1e-30:
             torch.testing.assert_close(p.detach(), y, atol=1e-6, rtol=0)
-
-
-@BOTH
-@pytest.mark.parametrize("omega", [0.0, 0.1])
-@pytest.mark.parametrize("steps", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
-def test_many_steps_keep_the_rows_unit(Optimizer, omega, steps):
-    p = nn.Parameter(unit(torch.randn(4, 10))[0])
-    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=omega)
-    gradients = torch.randn(100, 4, 10)
-    for i in range(steps):
-        p.grad = gradients[i % 100]
-        optimizer.step()
-        if i % 100 == 99:
-            assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
 
 
 @BOTH
@@ -246,42 +185,6 @@ def test_steps_through_the_kernel_are_the_steps_in_blocks(Optimizer, omega, monk
         torch.testing.assert_close(by_kernel, in_blocks, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_too_long_for_the_kernel_and_other_types_go_in_blocks(monkeypatch):
-    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE)
-    monkeypatch.setattr(go, "_LONGEST_ROW", 64)
-    by_kernel = []
-    suits = go._suits_kernel
-    monkeypatch.setattr(go, "_suits_kernel", lambda p: suits(p) and (by_kernel.append(p.shape) or True))
-    layers = [random_layer(3, n, False, torch.float32, seed=n) for n in (65, 64, 27)]
-    params = [nn.Parameter(y.clone().to(DEVICE)) for y, *_ in layers]
-    params.append(nn.Parameter(torch.eye(2, 9, dtype=torch.float64, device=DEVICE)))
-    for p, layer in zip(params, layers, strict=False):
-        p.grad = layer[1].to(DEVICE)
-    params[3].grad = torch.ones_like(params[3])
-    optimizer = SGDG(params, lr=0.2, momentum=DECAY, grassmann=True, grad_clip=0.1)
-    optimizer.step()
-    assert by_kernel == [(3, 64), (3, 27)]
-    for p, (y, g, m, _) in zip(params, layers, strict=False):
-        expected = by_rule(y, g, torch.zeros_like(m), None, 0.2, 1, 0.1)
-        assert_same(
-            (p.detach().cpu(), optimizer.state[p]["momentum_buffer"].cpu(), None), expected, torch.float32
-        )
-
-
-@BOTH
-@pytest.mark.parametrize("kernel", [True, False])
-@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
-def test_rows_stay_unit_where_the_gradient_is_nearly_along_them(Optimizer, kernel, ratio, monkeypatch):
-    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if kernel else None)
-    torch.manual_seed(0)
-    p = nn.Parameter(unit(torch.randn(5, 60, device=DEVICE))[0])
-    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1)
-    for _ in range(20):
-        p.grad = torch.randn_like(p) + ratio * p.detach()
-        optimizer.step()
-        assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
-
-
 @BOTH
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("omega", [0.0, 0.1])
@@ -314,12 +217,202 @@ def test_a_step_inside_autocast_is_the_step_outside(Optimizer):
     assert torch.equal(*results)
 
 
-def test_a_group_may_move_to_the_manifold_later():
-    p = nn.Parameter(torch.randn(4, 9))
-    optimizer = AdamG([p], lr=0.1, momentum=0.9)
-    for grassmann in (False, True):
-        optimizer.param_groups[0]["grassmann"] = grassmann
+def launch_all(layers, rates, options):
+    for i, layer in enumerate(layers):
+        go._launch(*layer, rates, i, **options)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_triton_kernel_is_the_rule(adam, clip):
+    """Rows of three sizes, each at most doubled."""
+    layers = [random_layer(*shape, adam, torch.float32, seed=i) for i, shape in enumerate(SHAPES)]
+    layers = [tuple(t if t is None else t.to(DEVICE) for t in layer) for layer in layers]
+    lrs = [0.1, 0.2, 0.3]
+    expected = [by_rule(*layer, lr, 3, clip) for layer, lr in zip(layers, lrs, strict=True)]
+    rates = torch.tensor([rate_of(lr, 3, adam) for lr in lrs], device=DEVICE)
+    launch_all(layers, rates, {"decay": DECAY, "beta2": BETA2, "epsilon": EPSILON, "grad_clip": clip})
+    for (y, _, m, v), right in zip(layers, expected, strict=True):
+        assert_same((y, m, v), right, torch.float32)
+
+
+class Kernel:
+    """In place of the Triton kernel: notes the launches, makes those fail that `fails` names by number."""
+
+    def __init__(self, fails=lambda number: False):
+        self.kernel, self.fails, self.launches = go._advance_kernel, fails, []
+
+    def __getitem__(self, grid):
+        def launch(y, *arguments, **options):
+            self.launches.append((tuple(y.shape), options))
+            if self.fails(len(self.launches)):
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+            return self.kernel[grid](y, *arguments, **options)
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """kernel(fails): a `Kernel` in a process that has launched none yet."""
+
+    def make(*fails):
+        kernel = Kernel(*fails)
+        values = {"_KERNEL_DEVICE": DEVICE, "_advance_kernel": kernel, "_LAUNCHED": set()}
+        for name, value in {**values, "_WITHOUT_KERNEL": set()}.items():
+            monkeypatch.setattr(go, name, value)
+        return kernel
+
+    return make
+
+
+def test_a_row_is_rounded_up_at_most_twofold_and_what_the_kernel_cannot_hold_goes_in_blocks(kernel):
+    params = [nn.Parameter(torch.randn(3, n, device=DEVICE)) for n in (27, 32, 33, 8192, 8193)]
+    params.append(nn.Parameter(torch.randn(3, 40, dtype=torch.float64, device=DEVICE)))
+    launched = kernel().launches
+    optimizer = SGDG(params, lr=0.2, grassmann=True)
+    for p in params:
         p.grad = torch.randn_like(p)
+    optimizer.step()
+    sizes = {shape[1]: options["SIZE"] for shape, options in launched}
+    assert sizes == {27: 32, 32: 32, 33: 64, 8192: 8192}
+
+
+def train_two(Optimizer):
+    """Two optimizers of two weights each, the second through a pickle; the bits after three steps."""
+    torch.manual_seed(0)
+    options = {"lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.1}
+    weights = [[nn.Parameter(torch.randn(5, n, device=DEVICE)) for n in (14, 40)] for _ in range(2)]
+    optimizers = [
+        Optimizer(weights[0], **options),
+        pickle.loads(pickle.dumps(Optimizer(weights[1], **options))),
+    ]
+    for optimizer in optimizers * 3:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
         optimizer.step()
-    assert optimizer.state[p]["step"] == 1
-    assert p.isfinite().all()
+    states = [t for optimizer in optimizers for s in optimizer.state.values() for t in s.values()]
+    return [p.detach() for optimizer in optimizers for p in optimizer.param_groups[0]["params"]] + states
+
+
+@BOTH
+@pytest.mark.parametrize("before", [0, 1])
+def test_where_the_kernel_cannot_be_built_the_blocks_take_over_with_one_warning(Optimizer, before, kernel):
+    """Also where one size of a row could be launched and the next one cannot."""
+    failing = kernel(lambda number: number > before)
+    with pytest.warns(UserWarning, match=r"no Triton kernel.*C compiler. Please.*python3-dev") as caught:
+        got = train_two(Optimizer)
+    assert (len(failing.launches), len(caught)) == (before + 1, 1)
+    go._WITHOUT_KERNEL.add(torch.device("meta"))  # another device is heard of without a second warning
+    go._LAUNCHED.clear()
+    go._WITHOUT_KERNEL.discard(torch.empty(0, device=DEVICE).device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_two(Optimizer)
+    expected = train_two(Optimizer)  # in blocks; Adam-G counts its steps once
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if before else 0)
+
+
+@BOTH
+def test_an_error_of_a_later_launch_is_not_hidden(Optimizer, kernel):
+    kernel(lambda number: number > 2)
+    with pytest.raises(RuntimeError, match="C compiler"):
+        train_two(Optimizer)
+
+
+@BOTH
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+def test_a_gradient_nearly_along_the_row_leaves_row_and_momentum_right(
+    Optimizer, by_kernel, ratio, monkeypatch
+):
+    """One projection would leave a momentum that is not tangent, by 1e-5 to 1e-2 of its length."""
+    monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if by_kernel else None)
+    torch.manual_seed(0)
+    p = nn.Parameter(unit(torch.randn(5, 60, device=DEVICE))[0])
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1)
+    for _ in range(20):
+        p.grad = torch.randn_like(p) + ratio * p.detach()
+        optimizer.step()
+        y, m = p.detach().double(), optimizer.state[p]["momentum_buffer"].double()
+        assert (y.norm(dim=1) - 1).abs().max() < 1e-6
+        assert ((y * m).sum(1).abs() / m.norm(dim=1)).max() < 2e-6
+
+
+@BOTH
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+def test_many_steps_keep_the_rows_unit(Optimizer, omega):
+    p = nn.Parameter(unit(torch.randn(4, 10))[0])
+    optimizer = Optimizer([p], lr=0.2, momentum=0.9, grassmann=True, grad_clip=0.1, omega=omega)
+    gradients = torch.randn(100, 4, 10)
+    for i in range(2_000):
+        p.grad = gradients[i % 100]
+        optimizer.step()
+    assert (p.detach().double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64, and that must not be waited for (`looks`: unless at the end)."""
+
+    def __init__(self, looks=False):
+        super().__init__()
+        self.looks = looks
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert self.looks or func is not torch.ops.aten._local_scalar_dense.default
+        result = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(result))
+        return result
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_without_float64_takes_the_same_steps_without_a_look(Optimizer, dtype, monkeypatch):
+    results = []
+    for mode in (contextlib.nullcontext(), NoFloat64()):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((4, 2, 3, 3), (5, 60), (7,))]
+        rows = {"grassmann": True, "omega": 0.1, "grad_clip": 0.1}
+        groups = [{"params": params[:2], **rows}, {"params": params[2:]}]
+        optimizer = Optimizer(groups, lr=0.2, momentum=0.9)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with mode:
+            optimizer.step()
+        results.append([p.detach() for p in params])
+        monkeypatch.setattr(go, "_is_on_host", lambda t: False)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_device_without_float64_is_measured():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with NoFloat64(looks=True):
+        (measured,) = go.scale_invariance(model, lambda net: net(torch.randn(4, 3, 6, 6)).pow(3).sum())
+    assert measured.invariant
+
+
+def compiled(capabilities, lengths):
+    """[capability, length of a row, method, registers, bytes of stack]: the kernel built without a GPU."""
+    words = [sys.executable, Path(__file__).with_name("compile_kernel.py"), capabilities, lengths]
+    pytest.importorskip("triton")
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(words, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+CAPABILITIES = "75 80 86 89 90 100 120"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "lengths"),
+    [("75 120", "8192"), pytest.param(CAPABILITIES, "32 1024 8192", marks=pytest.mark.long)],
+)
+def test_the_kernel_compiles_without_a_gpu_and_spills_little(capabilities, lengths):
+    found = compiled(capabilities, lengths)
+    assert len(found) == 2 * len(capabilities.split()) * len(lengths.split())
+    for capability, length, method, registers, stack in found:
+        assert 0 < registers <= 255
+        assert stack <= 100, (capability, length, method)

@@ -112,11 +112,15 @@ def test_a_state_of_the_same_meaning_continues(Optimizer, saved):
 
 
 def test_the_authors_step_counter_survives_the_underflow_of_their_powers():
-    given = authors(AdamG)
-    given["state"][0] |= {"beta1_power": 0.9**30001, "beta2_power": 0.99**30001}
-    optimizer = make(AdamG)
-    optimizer.load_state_dict(given)
-    assert optimizer.state[params_of(optimizer)[0]]["step"] == 30_000
+    for steps, at_least in (
+        (30_000, 30_000),
+        (78_000, 74_000),
+    ):  # in the paper's runs the second is 0 at the end
+        given = authors(AdamG)
+        given["state"][0] |= {"beta1_power": 0.9 ** (steps + 1), "beta2_power": 0.99 ** (steps + 1)}
+        optimizer = make(AdamG)
+        optimizer.load_state_dict(given)
+        assert at_least <= optimizer.state[params_of(optimizer)[0]]["step"] <= steps
 
 
 @BOTH
@@ -159,49 +163,33 @@ def other(Optimizer):
     return AdamG if Optimizer is SGDG else SGDG
 
 
+ONES = torch.ones(4)
+NEEDED = r"parameter 0 has .*, where .*'momentum_buffer': \(4, 3, 3, 3\).* is needed"
 REFUSED = {
-    "torch's SGD": (
-        lambda kind: torchs(torch.optim.SGD, kind).state_dict(),
-        "(SGDG|AdamG).*group 0.*'grassmann'",
-    ),
-    "torch's Adam": (lambda kind: torchs(torch.optim.Adam, kind).state_dict(), "group 0.*'grassmann'"),
-    "torch's Adam in our groups": (in_our_groups(torch.optim.Adam), "parameter 0.*'momentum_buffer'"),
-    "the other kind": (lambda kind: ours(other(kind)), "group 0.*'beta2'.*'epsilon'"),
-    "the authors' other kind": (lambda kind: authors(other(kind)), "group 0.*'beta2'"),
-    "a checkpoint": (lambda kind: {"params": {}, "stats": {}, "optimizer": ours(kind)}, "'param_groups'"),
-    "no state": (lambda kind: {"param_groups": ours(kind)["param_groups"]}, "'state'"),
-    "no omega": (changed(drop=["omega"]), "group 0.*'omega'"),
+    "torch's SGD": (lambda kind: torchs(torch.optim.SGD, kind).state_dict(), "group 0 has no.*'grassmann'"),
+    "torch's Adam in our groups": (in_our_groups(torch.optim.Adam), NEEDED),
+    "the other kind": (lambda kind: ours(other(kind)), "group 0 has.*'beta2', 'epsilon'"),
+    "the authors' other kind": (lambda kind: authors(other(kind)), "group 0 has.*'beta2'"),
+    "a checkpoint": (lambda kind: {"params": {}, "optimizer": ours(kind)}, "it has no 'param_groups'"),
+    "no state": (lambda kind: {"param_groups": ours(kind)["param_groups"]}, "it has no 'state'"),
+    "no omega": (changed(drop=["omega"]), "group 0 has no 'omega'"),
     "an option out of range": (changed(group={"grad_clip": 0}), "grad_clip.*0"),
-    "no params": (changed(drop=["params"]), "group 0.*'params'"),
-    "no momentum": (changed(state={"m": None}, drop=["momentum_buffer"]), "parameter 0.*'momentum_buffer'"),
-    "other rows": (
-        changed(state={"momentum_buffer": torch.zeros(7, 3, 3, 3)}),
-        r"parameter 0.*'momentum_buffer'.*\(7, 3, 3, 3\).*\(4, 3, 3, 3\)",
-    ),
-    "other columns": (changed(state={"momentum_buffer": torch.zeros(4, 18)}), r"\(4, 18\).*\(4, 3, 3, 3\)"),
+    "no momentum": (changed(state={"m": ONES}, drop=["momentum_buffer"]), NEEDED),
+    "other rows": (changed(state={"momentum_buffer": torch.zeros(7, 3, 3, 3)}), r"\(7, 3, 3, 3\)"),
+    "other columns": (changed(state={"momentum_buffer": torch.zeros(4, 18)}), r"\(4, 18\)"),
     "not a tensor": (changed(state={"momentum_buffer": 1.5}), "'momentum_buffer'.*1.5"),
-    "an unknown entry": (changed(state={"exp_avg": torch.zeros(4)}), "parameter 0.*'exp_avg'"),
+    "an unknown entry": (changed(state={"exp_avg": torch.zeros(4)}), r"'exp_avg': \(4,\)"),
     "a tensor for a state": (lambda kind: {**ours(kind), "state": {0: torch.zeros(2)}}, "not the state of"),
     "no number": (changed(group={"momentum": None}), "not the state of"),
     "fewer groups": (lambda kind: {**ours(kind), "param_groups": ours(kind)["param_groups"][:1]}, "groups"),
-    "a bias on G(1, n)": (
-        changed(group_of_bias={"grassmann": True}),
-        r"two or more dim.*\(5,\)",
-    ),
+    "a bias on G(1, n)": (changed(group_of_bias={"grassmann": True}), r"at least two elements.*\(5,\)"),
 }
 REFUSED_BY_ADAMG = {
-    "SGDG's state": (lambda kind: {**ours(kind), "state": ours(SGDG)["state"]}, "'second_moment', 'step'"),
-    "another second moment": (changed(state={"second_moment": torch.zeros(4)}), r"'second_moment'.*\(4, 1\)"),
-    "a number of steps": (changed(state={"step": 3.0}), "'step'.*3.0"),
-    "the authors' without v": (changed(authors, drop=["v_buffer"]), "'v_buffer'"),
-    "the authors' at no step": (changed(authors, state={"beta2_power": 1.5}), "'beta2_power'.*1.5"),
-    "the authors' between steps": (changed(authors, state={"beta2_power": 0.99**3.5}), "'beta2_power'"),
-    "the authors' at two steps": (changed(authors, state={"beta1_power": 0.9**5}), "'beta1_power'"),
-    "the authors' without a number": (changed(authors, state={"beta1_power": None}), "not the state of"),
-    "the authors' other v": (
-        changed(authors, state={"v_buffer": torch.ones(4, 9)}),
-        r"'second_moment'.*\(4, 9\)",
-    ),
+    "SGDG's state": (lambda kind: {**ours(kind), "state": ours(SGDG)["state"]}, "'second_moment'.*needed"),
+    "another second moment": (changed(state={"second_moment": torch.zeros(4)}), r"'second_moment': \(4,\)"),
+    "a number of steps": (changed(state={"step": 3.0}), "'step': 3.0"),
+    "the authors' without v": (changed(authors, drop=["v_buffer"]), NEEDED),
+    "the authors' without a number": (changed(authors, state={"beta2_power": None}), "not the state of"),
 }
 REFUSED_BY_SGDG = {
     "AdamG's state": (lambda kind: {**ours(kind), "state": ours(AdamG)["state"]}, "'second_moment'"),

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.testing import assert_close
 
 import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups, grassmann_weights, unit
-from resnet import WideResNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:steps of plain SGD")
 BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
@@ -40,44 +40,31 @@ def run_optimizer(Optimizer, weight, gradients, **options):
     return p.detach()
 
 
+def by_rule(Optimizer, y, gradients, *, lr, momentum, omega, grad_clip, beta2=0.99, epsilon=1e-8):
+    """The rows after a step of the update rule for each gradient, in float64."""
+    y = y.double()
+    m, v = torch.zeros_like(y), torch.zeros(len(y), 1, dtype=y.dtype)
+    options = {"lr": lr, "omega": omega, "grad_clip": grad_clip}
+    for t, g in enumerate(gradients, 1):
+        if Optimizer is SGDG:
+            y, m = go.sgdg_update(y, g.double(), m, momentum=momentum, **options)
+        else:
+            betas = {"beta1": momentum, "beta2": beta2, "epsilon": epsilon}
+            y, m, v = go.adamg_update(y, g.double(), m, v, torch.tensor(t).double(), **betas, **options)
+    return y
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_optimizer_is_the_update_rule(Optimizer, dtype):
     weight = torch.randn(4, 3, 3, 3, dtype=dtype)
-    gradients = [torch.randn(4, 3, 3, 3, dtype=dtype) for _ in range(5)]
-    options = {"omega": 0.2, "grad_clip": 0.4}
-    adam = {"beta2": 0.95, "epsilon": 1e-3} if Optimizer is AdamG else {}
-    y = weight.double().flatten(1)
-    tau, v = torch.zeros_like(y), torch.zeros(4, 1, dtype=y.dtype)
-    for t, g in enumerate(gradients, 1):
-        g = g.double().flatten(1)
-        if Optimizer is SGDG:
-            y, tau = go.sgdg_update(y, g, tau, lr=0.3, momentum=0.7, **options)
-        else:
-            step = torch.tensor(t, dtype=y.dtype)
-            rates = {"lr": 0.3, "beta1": 0.7, **adam}
-            y, tau, v = go.adamg_update(y, g, tau, v, step, **rates, **options)
-    got = (
-        run_optimizer(Optimizer, weight, gradients, lr=0.3, momentum=0.7, **options, **adam)
-        .flatten(1)
-        .double()
-    )
+    gradients = torch.randn(5, 4, 3, 3, 3, dtype=dtype)
+    options = {"lr": 0.3, "momentum": 0.7, "omega": 0.2, "grad_clip": 0.4}
+    options |= {"beta2": 0.95, "epsilon": 1e-3} if Optimizer is AdamG else {}
+    got = run_optimizer(Optimizer, weight, gradients, **options).flatten(1)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    assert_close(got, y, rtol=tolerance, atol=tolerance)
-
-
-def test_adamg_by_hand():
-    """Two steps in the plane, where a row is an angle and translation keeps m's signed length."""
-    angle, m, v = 0.0, 0.0, 0.0
-    p = nn.Parameter(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
-    optimizer = AdamG([p], lr=0.3, momentum=0.9, grassmann=True, grad_clip=0.1)
-    for t, slope in enumerate([0.05, -0.7], 1):
-        p.grad = slope * torch.tensor([[-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-        optimizer.step()
-        h = max(-0.1, min(0.1, slope))
-        m, v = 0.9 * m + 0.1 * h, 0.99 * v + 0.01 * h * h
-        angle -= 0.3 * math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / math.sqrt(v + 1e-8)
-        assert_close(p.detach(), torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64))
+    expected = by_rule(Optimizer, weight.flatten(1), gradients.flatten(2), **options)
+    assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @BOTH
@@ -128,35 +115,7 @@ def test_other_groups_are_torchs_sgd_bit_for_bit(Optimizer, decay):
     assert torch.equal(ours, theirs)
 
 
-@BOTH
-def test_limits_at_zero(Optimizer):
-    options = {"omega": 0.0}
-    y = rows(3, 5)
-    zero = torch.zeros(3, 5, dtype=torch.float64)
-    assert_close(run_optimizer(Optimizer, y, [zero], **options), y, rtol=0, atol=1e-15)
-    assert torch.equal(run_optimizer(Optimizer, zero, [zero], **options), zero)
-    g = torch.randn(3, 5, dtype=torch.float64)
-    assert_close(unit(run_optimizer(Optimizer, zero, [g], **options))[0], -unit(g)[0])
-
-
 # ------------------------------------------------------------------------------------------------- groups
-
-
-def test_groups_are_the_authors_name_rule_for_these_networks():
-    for depth, width in [(10, 1), (16, 4), (28, 10)]:
-        model = WideResNet(depth, width, 10)
-        by_name = {"grassmann": [], "bn_bias": [], "other": []}
-        for name, p in model.named_parameters():
-            if "conv" in name and p.shape[0] < p.shape[1:].numel():
-                by_name["grassmann"].append(p)
-            elif "bn" in name or name.endswith("bias"):
-                by_name["bn_bias"].append(p)
-            else:
-                by_name["other"].append(p)
-        groups = {g["name"]: g["params"] for g in grassmann_param_groups(model, 0.01, 0.2)}
-        assert {k: set(map(id, v)) for k, v in groups.items()} == {
-            k: set(map(id, v)) for k, v in by_name.items()
-        }
 
 
 def test_groups_by_type_and_shape():
@@ -202,93 +161,161 @@ def test_groups_by_type_and_shape():
         assert_close(p.flatten(1), unit(before[name].flatten(1))[0])
 
 
-@BOTH
-def test_the_explicit_form_and_the_helper_train_alike(Optimizer):
-    model = WideResNet(10, 1, 10)
-    twin = copy.deepcopy(model)
-    helper = Optimizer(grassmann_param_groups(model, 0.01, 0.2))
-    g, e0, e1 = (group["params"] for group in grassmann_param_groups(twin, 0.01, 0.2))
-    explicit = Optimizer(
-        [
-            {"params": g, "lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.1},
-            {
-                "params": e0,
-                "lr": 0.01,
-                "momentum": 0.9,
-                "grassmann": False,
-                "weight_decay": 0,
-                "nesterov": True,
-            },
-            {
-                "params": e1,
-                "lr": 0.01,
-                "momentum": 0.9,
-                "grassmann": False,
-                "weight_decay": 5e-4,
-                "nesterov": True,
-            },
-        ]
-    )
-    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    for _ in range(2):
-        for net, optimizer in ((model, helper), (twin, explicit)):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x), labels).backward()
-            optimizer.step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 # ------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ what is refused
+
+ONES, CONVOLUTION = torch.ones(2, 3), {"grassmann": True, "lr": 0.2}
+BAD_GROUPS = [  # weight, options, what the sentence names
+    (ONES, {"lr": -1.0}, "lr.*-1"),
+    (ONES, {"momentum": -0.5}, "momentum.*-0.5"),
+    (ONES, {"weight_decay": -0.1}, "weight_decay.*-0.1"),
+    (ONES, {"omega": -0.1}, "omega.*-0.1"),
+    (ONES, {"grad_clip": 0.0}, "grad_clip.*0.0"),
+    (ONES, {"nesterov": True}, "nesterov.*momentum"),
+    (ONES, {"nesterov": True, "momentum": 0.9, "dampening": 0.5}, "nesterov.*dampening"),
+    (ONES, {"beta2": 1.0}, "beta2.*1.0"),
+    (ONES, {"epsilon": 0.0}, "epsilon.*0.0"),
+    (ONES, {"momentum": 1.0, "grassmann": True}, "momentum.*1.0.*beta1"),
+    (torch.ones(5), CONVOLUTION, r"rows of at least two elements.*\(5,\)"),
+    (torch.ones(5, 1), CONVOLUTION, r"rows of at least two elements.*\(5, 1\)"),
+    (torch.ones(5, 2), {**CONVOLUTION, "omega": 0.1}, r"omega=0.1 needs.*\(5, 2\)"),
+    (ONES.to(torch.complex64), CONVOLUTION, "real.*complex64"),
+    (ONES, {"grassman": True}, "'grassman'.*'grassmann'"),
+    (ONES, {"weightdecay": 0.1}, "'weightdecay'.*'weight_decay'"),
+    (ONES, {"eps": 1e-8}, "'eps'.*'epsilon'"),
+]
+
+
+@pytest.mark.parametrize(("weight", "options", "named"), BAD_GROUPS)
+def test_a_bad_option_or_weight_is_named_and_its_group_not_added(weight, options, named):
+    with pytest.raises(ValueError, match=named):
+        AdamG([{"params": [nn.Parameter(weight)], **options}])
+    optimizer = AdamG([nn.Parameter(torch.ones(2, 3))])
+    with pytest.raises(ValueError, match=named):
+        optimizer.add_param_group({"params": [nn.Parameter(weight)], **options})
+    assert len(optimizer.param_groups) == 1
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"lr": -1.0}, "lr.*-1"),
-        ({"momentum": -0.5}, "momentum.*-0.5"),
-        ({"weight_decay": -0.1}, "weight_decay.*-0.1"),
-        ({"omega": -0.1}, "omega.*-0.1"),
-        ({"grad_clip": 0.0}, "grad_clip.*0.0"),
-        ({"nesterov": True}, "nesterov.*momentum"),
-        ({"nesterov": True, "momentum": 0.9, "dampening": 0.5}, "nesterov.*dampening"),
-    ],
-)
-def test_a_bad_value_is_named(Optimizer, options, named):
-    with pytest.raises(ValueError, match=named):
-        Optimizer([nn.Parameter(torch.ones(2, 3))], **options)
+def test_an_option_of_rows_where_there_are_none_is_refused(Optimizer):
+    more = {"beta2": 0.9, "epsilon": 1e-3} if Optimizer is AdamG else {}
+    for name, value in {"omega": 0.1, "grad_clip": 0.1, **more}.items():
+        for groups, options in ([ONES], {name: value}), ([{"params": [ONES], name: value}], {}):
+            with pytest.raises(ValueError, match=f"{name} has no effect.*grassmann_param_groups"):
+                Optimizer(groups, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"beta2": 1.0}, "beta2.*1.0"),
-        ({"beta2": -0.1}, "beta2"),
-        ({"epsilon": 0.0}, "epsilon.*0.0"),
-        ({"momentum": 1.0, "grassmann": True}, "momentum.*1.0.*beta1"),
-    ],
-)
-def test_a_bad_value_of_adamg_is_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        AdamG([nn.Parameter(torch.ones(2, 3))], **options)
+def zeroed():
+    """Two convolutions, the second of them zero."""
+    model = nn.ModuleDict({"first": nn.Conv2d(2, 4, 3), "zero": nn.Conv2d(4, 4, 3)})
+    nn.init.zeros_(model["zero"].weight)
+    return model
+
+
+LINEAR = nn.Sequential(nn.Linear(9, 4), nn.BatchNorm1d(4))
+BAD_MODELS = [  # model, select and loss_fn, what the sentence names
+    (LINEAR.parameters(), {}, "the model itself.*generator"),
+    (LINEAR, {}, r"Conv1d, Conv2d or Conv3d \(here: none\).*linear layers.*measured.*by name"),
+    (nn.Sequential(nn.Conv2d(3, 64, 1)), {}, r"\(here: 0\)"),
+    (nn.Linear(9, 4), {"select": "measured", "loss_fn": lambda m: m.weight.sum()}, "no weight is inv"),
+    (LINEAR, {"select": "measured"}, "select must be.*'measured'"),
+    (LINEAR, {"select": "name"}, "select must be.*'name'"),
+    (LINEAR, {"loss_fn": lambda _: 0}, "select must be.*'shape'"),
+    (LINEAR, {"select": ["0.weight", "none.weight"]}, r"no trainable parameter none\.weight$"),
+    (LINEAR, {"select": ["1.weight"]}, r"rows of at least two elements, got 1\.weight"),
+    (LINEAR, {"select": "measured", "loss_fn": lambda m: m[1].bias.sum()}, r"no gradient reaches 0\.weight"),
+    (nn.Sequential(nn.Conv2d(2, 4, 3, dtype=torch.complex64)), {}, r"real.*0\.weight.*complex64"),
+    (zeroed(), {}, r"zero\.weight is zero"),
+    (nn.Sequential(nn.LazyConv2d(8, 3)), {}, r"a batch first.*0\.weight"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "named"), BAD_MODELS)
+def test_a_model_that_cannot_be_sorted_is_said_in_one_sentence(model, options, named):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=named) as refused:
+        grassmann_param_groups(model, 0.01, 0.2, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_chosen_by_name_or_not_at_all_is_taken():
+    model = zeroed()
+    groups = grassmann_param_groups(model, 0.01, 0.2, select=["first.weight"])
+    assert [g["name"] for g in groups] == ["grassmann", "bn_bias", "other"]
+    assert [g["name"] for g in grassmann_param_groups(LINEAR, 0.01, 0.2, select=[])] == ["bn_bias", "other"]
+    model["zero"].weight.data[0] = 1  # a row that is zero beside others stays so
+    grassmann_param_groups(model, 0.01, 0.2)
+    assert_close(model["zero"].weight.detach().flatten(1).norm(dim=1), torch.tensor([1.0, 0, 0, 0]))
+
+
+# --------------------------------------------------------------------------------------- what is warned of
+
+
+def train(optimizer, steps=3):
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def test_plain_sgd_is_said_once_and_not_by_an_optimizer_for_each_parameter(recwarn):
+    warnings.simplefilter("always")  # not once for a line, as recwarn does
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    optimizer = SGDG(params, lr=0.1)
+    train(optimizer)
+    assert len(recwarn) == 1
+    assert "plain SGD: no group has grassmann=True" in str(recwarn[0].message)
+    assert recwarn.pop().filename == __file__
+    for p in params:  # as an optimizer in the backward pass
+        train(SGDG([p], lr=0.1))
+    optimizer = SGDG([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))], lr=0.1)
+    optimizer.add_param_group({"params": params, "grassmann": True})
+    train(optimizer)
+    assert not recwarn
+
+
+def test_a_schedule_that_erases_lrg_is_said_once(recwarn):
+    warnings.simplefilter("always")
+
+    def make(**rates):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        return SGDG(grassmann_param_groups(model, **{"lr": 0.01, "lrg": 0.2, **rates}))
+
+    scheduled = make()
+    torch.optim.lr_scheduler.OneCycleLR(scheduled, max_lr=0.1, total_steps=9)
+    train(scheduled)
+    assert len(recwarn) == 1
+    assert "the rate 0.004 now" in str(recwarn.pop().message)
+    for optimizer in (make(), make(lr=0.2), make(lr=torch.tensor(0.1), lrg=torch.tensor(0.1))):
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+        train(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the end of a schedule
+        train(optimizer)
+    assert not recwarn
+
+
+# ------------------------------------------------------------------------------------------- rows of length 0
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("shape", "omega", "named"),
-    [((5,), 0, "two or more dimensions"), ((5, 1), 0, "at least two elements"), ((5, 2), 0.1, "5 rows of 2")],
-)
-def test_a_weight_without_rows_on_the_manifold_is_refused(Optimizer, shape, omega, named):
-    with pytest.raises(ValueError, match=named):
-        Optimizer([nn.Parameter(torch.ones(shape))], grassmann=True, omega=omega)
-
-
-@BOTH
-def test_a_misspelt_group_option_is_refused_and_a_schedulers_is_not(Optimizer):
-    p = nn.Parameter(torch.ones(2, 3))
-    for wrong, right in [("grassman", "grassmann"), ("weightdecay", "weight_decay")]:
-        with pytest.raises(ValueError, match=f"{wrong}.*{right}"):
-            Optimizer([{"params": [p], wrong: 1}])
-    optimizer = Optimizer([{"params": [p], "initial_lr": 0.1, "name": "all", "lr_scale": 2}])
-    assert optimizer.param_groups[0]["lr_scale"] == 2
+@pytest.mark.parametrize("omega", [0.0, 0.1])
+def test_a_zero_row_follows_the_rule(Optimizer, omega):
+    """It is as long as the sine of its first step's angle; without a gradient it stays zero."""
+    weight = torch.randn(3, 9, dtype=torch.float64)
+    weight[1:] = 0
+    gradients = torch.randn(2, 3, 9, dtype=torch.float64)
+    gradients[:, 2] = 0
+    options = {"lr": 0.2, "grad_clip": 0.5, "omega": omega}
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for steps in (1, 2):
+            expected = by_rule(Optimizer, weight, gradients[:steps], momentum=0.9, **options)
+            got = run_optimizer(Optimizer, weight.to(dtype), gradients[:steps].to(dtype), **options)
+            assert_close(got.double(), expected, rtol=0, atol=tolerance)
+            if steps == 1:
+                angle = 0.2 * (
+                    0.5 if Optimizer is SGDG else 1
+                )  # of a clipped gradient; of Adam-G's first step
+                assert_close(
+                    expected.norm(dim=1), torch.tensor([1, math.sin(angle), 0.0]).double(), rtol=1e-5, atol=0
+                )

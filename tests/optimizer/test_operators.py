@@ -199,20 +199,6 @@ def test_permuting_rows_permutes_the_trajectory(Optimizer, drawn):
 
 @BOTH
 @settings(deadline=None, max_examples=10)
-@given(weights())
-def test_permuting_all_columns_alike_permutes_the_trajectory(Optimizer, drawn):
-    weight, gradients, generator = drawn
-    order = torch.randperm(weight[0].numel(), generator=generator)
-
-    def permute(t):
-        return t.flatten(-3)[..., order].view(t.shape)
-
-    permuted = trajectory(Optimizer, permute(weight), [permute(g) for g in gradients])
-    close(permuted, permute(trajectory(Optimizer, weight, gradients)), 1e-10)
-
-
-@BOTH
-@settings(deadline=None, max_examples=10)
 @given(weights(), st.floats(1e-3, 1e3))
 def test_a_weights_length_leaves_the_trajectory_unchanged(Optimizer, drawn, length):
     weight, gradients, _ = drawn

@@ -1,13 +1,10 @@
 """The VGGs are the paper's: names, shapes, what they compute, BN without a scale, first weights, dropout."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import batch_norm, conv2d, cross_entropy, linear, max_pool2d, relu
+from torch.nn.functional import batch_norm, conv2d, linear, max_pool2d, relu
 
-from grassmann_optimizer import scale_invariance
 from vgg import VGG
 
 DEPTHS = (11, 13, 16, 19)
@@ -15,34 +12,6 @@ DEPTHS = (11, 13, 16, 19)
 
 def norms(model):
     return [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
-
-
-@pytest.mark.parametrize("depth", [0, 12, -11, 32])
-def test_another_depth_names_the_four(depth):
-    with pytest.raises(ValueError, match=f"11, 13, 16 or 19, got {depth}"):
-        VGG(depth, 10)
-
-
-@pytest.mark.parametrize("dropout", [1.0, -0.1])
-def test_a_bad_dropout_is_named(dropout):
-    with pytest.raises(ValueError, match=f"dropout .* got {dropout}"):
-        VGG(11, 10, dropout)
-
-
-@torch.no_grad()
-def test_shapes_and_memory_format():
-    model = VGG(11, 7).to(memory_format=torch.channels_last)
-    sizes = []
-
-    def record(module, args, out):
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        sizes.append(tuple(out.shape[1:]))
-
-    for group in (model.group0, model.group1, model.group2, model.group3, model.group4):
-        group.register_forward_hook(record)
-    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    assert model(x).shape == (2, 7)
-    assert sizes == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2), (512, 1, 1)]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -56,32 +25,6 @@ def test_batch_normalization_has_a_shift_but_no_scale(depth):
     }
     assert len(norms(model)) == depth - 1
     assert not any("bn" in key and key.endswith("weight") for key in model.state_dict())
-
-
-def test_the_scale_stays_one_and_the_shift_is_trained_saved_and_loaded():
-    torch.manual_seed(0)
-    model = VGG(11, 10)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
-    cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
-    optimizer.step()
-    for bn in norms(model):
-        assert (bn.weight == 1).all()
-        assert bn.bias.count_nonzero() > 0.9 * bn.bias.numel()
-    loaded = VGG(11, 10).eval()
-    loaded.load_state_dict(model.state_dict())
-    x = torch.randn(4, 3, 32, 32)
-    assert torch.equal(loaded(x), model.eval()(x))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
-
-
-def test_batch_normalization_computes_what_torchs_own_does_with_a_scale_of_one():
-    bn = norms(VGG(11, 10))[0]
-    nn.init.normal_(bn.bias)
-    reference = nn.BatchNorm2d(64)
-    reference.load_state_dict({**bn.state_dict(), "weight": torch.ones(64)})
-    x = torch.randn(4, 64, 5, 5)
-    for mode in (True, False):
-        assert torch.equal(bn.train(mode)(x), reference.train(mode)(x))
 
 
 PAPERS_LAYERS = {
@@ -104,12 +47,8 @@ def test_computes_what_the_paper_describes(depth, training):
             tensor.normal_()
         bn.running_var.uniform_(0.5, 2)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = iter(
-        [tensor for name, tensor in state.items() if "conv" in name or name in ("fc0.weight", "fc1.weight")]
-    )
-    shifts = iter(
-        [(tensor, name.removesuffix("bias")) for name, tensor in state.items() if name.endswith("bias")]
-    )
+    weights = iter([t for name, t in state.items() if "conv" in name or name in ("fc0.weight", "fc1.weight")])
+    shifts = iter([(t, name.removesuffix("bias")) for name, t in state.items() if name.endswith("bias")])
 
     def normalized(h):
         shift, name = next(shifts)
@@ -126,20 +65,11 @@ def test_computes_what_the_paper_describes(depth, training):
     h = h.reshape(4, 512)
     for _ in range(2):
         h = normalized(linear(h, next(weights)))
-    torch.testing.assert_close(
-        model(x), linear(h, state["fc.weight"], state["fc.bias"]), rtol=1e-10, atol=1e-10
-    )
+    expected = linear(h, state["fc.weight"], state["fc.bias"])
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     for name, tensor in model.state_dict().items():  # the running averages
         if "num_batches" not in name:
             torch.testing.assert_close(tensor, state[name], rtol=1e-10, atol=1e-10)
-
-
-def test_can_be_compiled():
-    torch.manual_seed(0)
-    model = VGG(11, 10)
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 3, 32, 32)
-    assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
 def test_initial_weights_are_he_normal_and_biases_zero():
@@ -148,9 +78,8 @@ def test_initial_weights_are_he_normal_and_biases_zero():
         if p.ndim >= 2:
             assert p.std().item() == pytest.approx((2 / p[0].numel()) ** 0.5, rel=0.1), name
             assert abs(p.mean().item()) < 0.1 * p.std().item(), name
-            assert p.numel() < 2000 or (p.abs().mean() / p.std()).item() == pytest.approx(0.798, rel=0.04), (
-                name
-            )
+            ratio = (p.abs().mean() / p.std()).item()  # of a normal distribution, not a uniform one
+            assert p.numel() < 2000 or ratio == pytest.approx(0.798, rel=0.04), name
         else:
             assert (p == 0).all(), name
 
@@ -176,13 +105,3 @@ def test_dropout_sits_behind_the_pools_and_acts_only_in_training():
     assert all(torch.equal(pooled[i], dropped[i]) for i in range(5))
     assert torch.equal(model(x), first)
     assert not any(isinstance(module, nn.Dropout) for module in VGG(13, 10).modules())
-
-
-@pytest.mark.parametrize(("depth", "dropout"), [(11, 0.0), (13, 0.3)])
-def test_every_weight_but_the_classifiers_is_scale_invariant(depth, dropout):
-    torch.manual_seed(0)
-    model = VGG(depth, 10, dropout)
-    x, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-    found = {m.name: m.invariant for m in scale_invariance(model, lambda net: cross_entropy(net(x), labels))}
-    assert len(found) == depth
-    assert {name for name, invariant in found.items() if not invariant} == {"fc.weight"}
