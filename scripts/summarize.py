@@ -228,18 +228,32 @@ def make_tables(runs, left_out):
 
 def make_table(cells):
     """(what its runs share and most cells of each method have, cells) of lists of runs."""
-    usual, shared = {}, {}
-    for method in dict.fromkeys(runs[0].method for runs in cells):
-        options = [runs[0].options for runs in cells if runs[0].method == method]
-        names = dict.fromkeys(name for each in options for name in each)
-        values = {name: Counter(each.get(name, "none") for each in options) for name in names}
-        usual[method] = {name: counts.most_common(1)[0][0] for name, counts in values.items()}
-        for name, value in usual[method].items():
-            shared.setdefault(f"{name} {value}", []).append(method)
-    whose = {text: f" ({', '.join(of)})" if len(of) < len(usual) else "" for text, of in shared.items()}
-    texts = sorted(text + of for text, of in whose.items() if not text.endswith((" none", " False")))
-    description = f"{cells[0][0].table[2]}; unless said otherwise {', '.join(texts)}."
+    first = [runs[0] for runs in cells]
+    usual = usual_options(first)
+    description = f"{first[0].description()}; unless said otherwise {said_once(usual)}."
     return description, [Cell(runs, usual[runs[0].method]) for runs in cells]
+
+
+def usual_options(runs):
+    """{method: {name: the text that most of its runs have}}; it is 'none' where they have no such option."""
+    usual = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        options = [run.options for run in runs if run.method == method]
+        names = dict.fromkeys(name for each in options for name in each)
+        counts = {name: Counter(each.get(name, "none") for each in options) for name in names}
+        usual[method] = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+    return usual
+
+
+def said_once(usual):
+    """Options as 'dropout 0.3, omega 0.1 (SGD-G, Adam-G)': with the methods that have it, if not all do."""
+    methods = {}
+    for method, options in usual.items():
+        for name, text in options.items():
+            if text not in ("none", "False"):
+                methods.setdefault(f"{name} {text}", []).append(method)
+    whose = {option: f" ({', '.join(of)})" if len(of) < len(usual) else "" for option, of in methods.items()}
+    return ", ".join(sorted(option + of for option, of in whose.items()))
 
 
 def line_of(cell):
