@@ -551,6 +551,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("[:100].strip", ".strip", "tables file_of_its_own"),
         ("(), drops[data], of)", "(), (), of)", "tables curves_alone"),
         ("    matplotlib.rcdefaults()\n", "", "tables matplotlibrc"),
+        ('"device", "nthread", "dataroot"', '"device", "dataroot"', "tables how_fast"),
+        ('sys.exit(printable(f"summarize.py: cannot draw {path}: {error}"))', "raise", "tables whatever_matplotlib"),
         ('os.environ["MPLBACKEND"] = "Agg"', 'os.environ.setdefault("MPLBACKEND", "Agg")', "tables matplotlibrc"),
     ],
     "scripts/convert_authors.py": [
@@ -582,6 +584,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("+ 0.5)", ")", "sweeps drops"),
         ("product(seeds, datasets, models, methods)", "sorted(product(seeds, datasets, models, methods), key=lambda c: c[1:])", "sweeps seed_by_seed"),
         ("''.join(given)", "''", "sweeps goes_on_later"),
+        ("{shlex.join(command)}", "{' '.join(command)}", "sweeps narrowed_table"),
+        ("else signal.SIGKILL", "else signal.SIGTERM", "sweeps second_signal"),
         ("128 + runs.signals[0] if runs.signals else ", "", "sweeps goes_on_later"),
     ],
     "pyproject.toml": [

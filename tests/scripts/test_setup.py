@@ -127,7 +127,7 @@ def test_what_could_not_be_installed_is_tried_again_and_what_is_there_needs_no_n
         assert ("Installing what is missing" in done.stderr) == (code == 1)
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "table1_cifar.sh", "table2_svhn.sh", "test.sh"])
+@pytest.mark.parametrize("script", sorted({path.name for path in ROOT.glob("scripts/*.sh")} - {"setup.sh"}))
 def test_help_does_nothing_else_and_no_foreign_setup_is_sourced(script, tree, tmp_path):
     (tmp_path / "foreign/scripts").mkdir(parents=True)
     (tmp_path / "foreign/scripts/setup.sh").write_text("echo foreign; exit 1")
