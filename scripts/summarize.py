@@ -56,7 +56,8 @@ NOT_OF_SGD = ("omega", "grad_clip", "select")
 OLDER = {"holdout": 0, "select": "shape", "sync_bn": False}  # what runs from before these options did
 BEGIN, END = (f"<!-- made by scripts/summarize.py: {word} -->" for word in ("begin", "end"))
 NOTE = """Error: the last epoch's. Loss: the training loss, median of the last three epochs up to that one.
-Of several seeds (n) the median and the range. An experiment is the folder of its runs."""
+Of several seeds (n) the median and the range. An experiment is the folder of its runs. Options
+are named where they differ from most of the method's in the table; config.json has all."""
 
 
 @cache
@@ -115,7 +116,7 @@ class Run:
         kind, epochs = "held-out" if self.holdout else "test", "epoch" if self.epochs == 1 else "epochs"
         drops = f"drop after {', '.join(map(str, self.drops))}" if self.drops else "are constant"
         images = f"{train:,} training and {test:,} {kind} images (SHA-256 {self.sha256[:12]})"
-        return f"{images}, {self.epochs} {epochs}, learning rates {drops}"
+        return f"{images}, {self.epochs} {epochs}, learning rates {drops}."
 
     def of_paper(self):
         paper = PAPER.get(self.dataset)
@@ -227,11 +228,9 @@ def make_tables(runs, left_out):
 
 
 def make_table(cells):
-    """(what its runs share and most cells of each method have, cells) of lists of runs."""
-    first = [runs[0] for runs in cells]
-    usual = usual_options(first)
-    description = f"{first[0].description()}; unless said otherwise {said_once(usual)}."
-    return description, [Cell(runs, usual[runs[0].method]) for runs in cells]
+    """(what all its runs share, cells) of lists of runs."""
+    usual = usual_options([runs[0] for runs in cells])
+    return cells[0][0].description(), [Cell(runs, usual[runs[0].method]) for runs in cells]
 
 
 def usual_options(runs):
@@ -243,17 +242,6 @@ def usual_options(runs):
         counts = {name: Counter(each.get(name, "none") for each in options) for name in names}
         usual[method] = {name: count.most_common(1)[0][0] for name, count in counts.items()}
     return usual
-
-
-def said_once(usual):
-    """Options as 'dropout 0.3, omega 0.1 (SGD-G, Adam-G)': with the methods that have it, if not all do."""
-    methods = {}
-    for method, options in usual.items():
-        for name, text in options.items():
-            if text not in ("none", "False"):
-                methods.setdefault(f"{name} {text}", []).append(method)
-    whose = {option: f" ({', '.join(of)})" if len(of) < len(usual) else "" for option, of in methods.items()}
-    return ", ".join(sorted(option + of for option, of in whose.items()))
 
 
 def line_of(cell):
@@ -398,35 +386,45 @@ def panel_of(title, quantity, cells):
     return Panel(title, quantity, cells, run.ends[:-1], run.curves if quantity == "losses" else {})
 
 
-def plan_figures(tables, target):
-    """[(table, path, title, panels)]: the losses of networks with several methods, then each network."""
-    plan, names = [], Counter(["paper-curves"])
+def figures_of(cells):
+    """[(words of the file's name, title, panels)]: those with several methods, then each network."""
+    drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
+    groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
+    compared = [group for group in groups if len({cell.any.method for cell in group}) > 1]
+    data, figures = cells[0].any.data, []
+    if len(compared) > 1:
+        panels = [panel_of(group[0].any.name, "losses", group) for group in compared]
+        figures.append((f"{data} training loss", f"Training loss on {data}", panels))
+    for group in groups:
+        run = group[0].any
+        panels = [panel_of("Training loss", "losses", group), panel_of("Test error (%)", "errors", group)]
+        figures.append((f"{run.experiment} {data} {run.model}", f"{run.name} on {data}", panels))
+    return figures
 
-    def add(table, words, title, *panels):
+
+def figure_of_the_paper():
+    drops = {LABELS.get(name, name): paper.epoch_step for name, paper in PAPER.items()}
+    curves = read_paper_curves().items()
+    panels = [Panel(f"{network} on {data}", "losses", (), drops[data], of) for (data, network), of in curves]
+    return "paper curves", "The paper's training cross-entropy, read off the authors' poster", panels
+
+
+def plan_figures(tables, target):
+    """[(table, path, title, panels)]: in the folder `target`, or one figure in the file of that name."""
+    figures = [(cells[0].any.table, *figure) for _, cells in tables for figure in figures_of(cells)]
+    if target.suffix and not target.is_dir():
+        if len(figures) != 1:
+            sys.exit(
+                f"summarize.py: {target} is one file for {len(figures)} figures: give --plots a directory"
+            )
+        return [(table, target, title, panels) for table, _, title, panels in figures]
+    plan, names = [], Counter()
+    for table, words, title, panels in [*figures, (None, *figure_of_the_paper())]:
         stem = re.sub(r"[^a-z0-9]+", "-", words.lower())[:100].strip("-")
         names[stem] += 1
         number = f"-{names[stem]}" if names[stem] > 1 else ""
         plan.append((table, target / f"{stem}{number}.png", title, panels))
-
-    for _, cells in tables:
-        drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
-        groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
-        compared = [group for group in groups if len({cell.any.method for cell in group}) > 1]
-        if len(compared) > 1:
-            run, panels = cells[0].any, [panel_of(group[0].any.name, "losses", group) for group in compared]
-            add(run.table, f"{run.data} training loss", f"Training loss on {run.data}", *panels)
-        for run, group in ((group[0].any, group) for group in groups):
-            panels = panel_of("Training loss", "losses", group), panel_of("Test error (%)", "errors", group)
-            add(run.table, f"{run.experiment} {run.data} {run.model}", f"{run.name} on {run.data}", *panels)
-    if target.suffix and not target.is_dir():
-        if len(plan) != 1:
-            sys.exit(f"summarize.py: {target} is one file for {len(plan)} figures: give --plots a directory")
-        return [(table, target, title, panels) for table, _, title, panels in plan]
-    drops = {LABELS.get(name, name): paper.epoch_step for name, paper in PAPER.items()}
-    curves = read_paper_curves().items()
-    panels = [Panel(f"{network} on {data}", "losses", (), drops[data], of) for (data, network), of in curves]
-    title = "The paper's training cross-entropy, read off the authors' poster"
-    return [*plan, (None, target / "paper-curves.png", title, panels)]
+    return plan
 
 
 def draw(path, title, panels):

@@ -200,14 +200,13 @@ def test_an_experiment_is_the_folders_that_name_no_data_network_method_or_seed(c
 # What is shown
 
 
-def test_options_are_named_where_they_differ_and_said_once_where_not(page):
+def test_options_are_named_where_they_differ_from_most_of_the_methods(page):
     write_run("runs/a", 4.0, bn_decay=5e-4)
     write_run("runs/b", 4.0, "SGDG")
     write_run("runs/c", 5.0, "SGDG", seed=1, dropout=0.0, config={"weights_from": "logs/a"})
     write_run("runs/d", 5.0, "SGDG", lr=0.02)
-    ((*lines,),), text = page("runs")
+    ((*lines,),), _ = page("runs")
     assert [line["Other options"] for line in lines] == ["", "dropout 0.0, weights_from logs/a", "", ""]
-    assert "bn_decay 0.0 (SGD-G), bn_decay 0.0005 (SGD), convolutions float32, dropout 0.3, dtype" in text
 
 
 def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(page):
