@@ -53,6 +53,7 @@ def test_a_broken_environment_of_ours_is_made_anew_with_a_recent_python_and_then
         done = run(tree, "probe.sh")
         assert (done.returncode, done.stdout) == (0, f"{tree}/.venv/bin/python\n")
         assert done.stderr.partition("\n")[0] == said
+    assert (tree / ".venv/made-by-setup.sh").exists()  # or it could not be made anew once more
 
 
 @pytest.mark.parametrize("kind", ["no pip", "a folder", "a link to a folder that was ours", "a file"])
