@@ -214,8 +214,10 @@ class TestRates:
         assert 50 < error < 100  # %: nothing was learnt
 
     def test_a_small_run_learns(self, figures, monkeypatch):
-        monkeypatch.setattr(rates, "SETTINGS", [s for s in rates.SETTINGS if s[1] == 0.1])
-        out, result = figures(rates, "--steps", 25, "--seeds", 1)
+        few = {"SETTINGS": [s for s in rates.SETTINGS if s[1] == 0.1], "STEPS": [25], "SEEDS": 1}
+        for name, value in few.items():
+            monkeypatch.setattr(rates, name, value)
+        out, result = figures(rates)
         assert out.strip() == rates.table(result["runs"])
         assert all(run["errors"][0] < 60 for run in result["runs"])
 
