@@ -602,7 +602,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("python3.{14..11}", "", "setup made_anew"),
         ("options=(--system-site-packages)", "options=()", "setup built_on"),
         ("sys.prefix != sys.base_prefix or not", "not", "setup built_on"),
-        ("--no-index ", "", "setup tried_again"),
+        ("--no-index ", "", "setup takes_uv"),
         ("if [ -n \"${PYTHON:-}\" ]", "if false", "setup goes_before"),
         ("${VIRTUAL_ENV:-$CONDA_PREFIX}", "${CONDA_PREFIX:-$VIRTUAL_ENV}", "setup goes_before"),
         ("pip=(uv pip", "pip=(uvx pip", "setup takes_uv"),
