@@ -603,6 +603,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("options=(--system-site-packages)", "options=()", "setup built_on"),
         ("sys.prefix != sys.base_prefix or not", "not", "setup built_on"),
         ("--no-index ", "", "setup takes_uv"),
+        ('fail "Installing', 'echo "Installing', "setup tried_again"),
         ("if [ -n \"${PYTHON:-}\" ]", "if false", "setup goes_before"),
         ("${VIRTUAL_ENV:-$CONDA_PREFIX}", "${CONDA_PREFIX:-$VIRTUAL_ENV}", "setup goes_before"),
         ("pip=(uv pip", "pip=(uvx pip", "setup takes_uv"),
