@@ -585,7 +585,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("product(seeds, datasets, models, methods)", "sorted(product(seeds, datasets, models, methods), key=lambda c: c[1:])", "sweeps seed_by_seed"),
         ("''.join(given)", "''", "sweeps goes_on_later"),
         ("{shlex.join(command)}", "{' '.join(command)}", "sweeps narrowed_table"),
-        ("else signal.SIGKILL", "else signal.SIGTERM", "sweeps second_signal"),
         ("128 + runs.signals[0] if runs.signals else ", "", "sweeps goes_on_later"),
     ],
     "pyproject.toml": [
