@@ -67,12 +67,12 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def reading(path: Path | None) -> Iterator[None]:
     """The stage's one catch: whatever a checkpoint leads to becomes a sentence, a UserError.
 
-    What is wrong with the machine and not with the file (memory, disk, other processes) is raised as it is,
-    and without a path, of a run that starts anew, everything.
+    What is wrong with the machine and not with the file (memory, disk, GPU, packages, other processes) is
+    raised as it is. So is everything where there is no file: `path` is None for a run that starts anew.
     """
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError, ImportError, torch.AcceleratorError):
         raise
     except Exception as error:
         if path is None or utils.is_out_of_memory(error) or distributed.connection_error(error):
@@ -90,9 +90,8 @@ def load_checkpoint(path: Path) -> dict:
     with reading(path):
         try:
             check_sums(path)
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # torch tells how it reads what cannot be right here
+            # torch warns of how it reads a file that is not a checkpoint at all.
+            with warnings.catch_warnings(action="ignore"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(f"cannot read {path} ({error}); try again, or resume from another one") from error

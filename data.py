@@ -1,6 +1,6 @@
 """Data sets as uint8 arrays, the plan of an epoch, and batches.
 
-A image is (32, 32, 3) uint8 RGB from the file to the device: OpenCV pads, crops and flips uint8, and
+An image is (32, 32, 3) uint8 RGB from the file to the device: OpenCV pads, crops and flips uint8, and
 normalizing with `mean` and `std` is the device's work. What an epoch does with the images is drawn at once
 by `EpochPlan`, so a batch depends on neither the number of threads nor what ran before it.
 """
@@ -324,8 +324,7 @@ class EpochPlan:
 class TrainBatches:
     """Augmented training batches: reflect-pad (edge not repeated), crop, flip, on uint8.
 
-    The images are padded once, at the start: (N, 32 + 2 pad, 32 + 2 pad, 3) bytes, 240 MB for CIFAR with
-    pad 4.
+    The images are padded once, at the start: N (32 + 2 pad)^2 3 bytes, 240 MB for CIFAR with pad 4.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, pad: int):

@@ -99,7 +99,7 @@ def joined() -> Iterator[None]:
     words = ", ".join(f"{name}={value!r}" for name, value in said.items())
     print(f"processes: waiting for each other, with {words}", flush=True)
     try:
-        if torch.cuda.is_available():
+        if local_rank() < torch.cuda.device_count():  # else the run is on CPUs, or `check_options` refuses it
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         all_max([0])  # connects
@@ -133,6 +133,11 @@ def all_gather(mine: T) -> list[T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, mine)
     return gathered
+
+
+def all_sum(numbers: list[float]) -> list[float]:
+    """The sums of all processes' numbers, place by place."""
+    return [sum(place) for place in zip(*all_gather(numbers), strict=True)]
 
 
 def on_rank0(make: Callable[[], T]) -> T:
@@ -180,11 +185,21 @@ def parallel(model: nn.Module, sync_bn: bool) -> nn.Module:
     if world_size() == 1:
         return model
     if sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synchronize_batch_norm(model)
     # With find_unused_parameters the buckets are not arranged anew after the first step: a resumed run
     # sums in the same order as one that went on.
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the new name is too new
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Let batch normalization take its statistics of all processes' slices.
+
+    In place, as torch's convert_sync_batchnorm cannot take over VGG's constant scale, which is no parameter.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.__class__, module.process_group = nn.SyncBatchNorm, None
 
 
 def zero_redundancy(kind: type[Optimizer], groups: list[dict]) -> Optimizer:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
-# Set before importing torch: silences DDP's hint once per process.
+# DDP prints a hint once per process unless this is set before torch is imported.
 if "WORLD_SIZE" in os.environ:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -31,16 +31,7 @@ import utils
 from checkpoint import reading, restore, run_state, save_checkpoint
 from data import DataSet, EpochPlan, TrainBatches, eval_batches, hold_out, load_data
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
-from options import (
-    VGGS,
-    Options,
-    choose_device,
-    choose_options,
-    find_places,
-    model_name,
-    nothing_to_do,
-    parse_flags,
-)  # fmt: skip
+from options import VGGS, Options, choose_device, choose_options, find_places, nothing_to_do, parse_flags
 from resnet import WideResNet
 from utils import CHECKPOINT, PREVIOUS, StopRequest, UsageError, UserError
 from vgg import VGG
@@ -162,7 +153,7 @@ class Training:
 
     def totals(self) -> tuple[float, float]:
         """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
-        loss, wrong = map(sum, zip(*distributed.all_gather(self.sums.tolist()), strict=True))
+        loss, wrong = distributed.all_sum(self.sums.tolist())
         return loss, wrong
 
     def first_bad_step(self) -> int:
@@ -240,7 +231,7 @@ def evaluate(t: Training, stop: StopRequest) -> tuple[float, float] | None:
         sums += torch.stack([loss.double(), (logits.argmax(1) != labels).sum().double()])
         if stop.asked(by_signal=True):
             return None
-    loss, wrong = map(sum, zip(*distributed.all_gather(sums.tolist()), strict=True))
+    loss, wrong = distributed.all_sum(sums.tolist())
     return loss / n, 100 * wrong / n
 
 
@@ -279,7 +270,7 @@ def train(t: Training, stop: StopRequest) -> int:
         while t.epoch < options.epochs:
             if t.batch < steps:
                 train_epoch(t, batches, log, stop)
-            # Also past the deadline: given less time than an evaluation takes it would never finish an epoch.
+            # A deadline does not stop the evaluation: a run given less time than that would get nowhere.
             if t.batch >= steps and not stop.asked(by_signal=True):
                 end_epoch(t, log, stop)
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
@@ -333,17 +324,16 @@ def run(argv: list[str] | None) -> int:
             raise UsageError("--ngpu is for the command line; from Python start main.py by torchrun")
         distributed.launch(processes, [__file__, *sys.argv[1:]])
     with distributed.joined(), ExitStack() as until_the_end:
-        save_to, source, own = distributed.on_rank0(lambda: find_places(given))
+        save_to, source, goes_on_there = distributed.on_rank0(lambda: find_places(given))
         only_reads = given.get("eval") or given.get("summary")
         if not only_reads:
-            until_the_end.enter_context(utils.locked(save_to, own))
+            until_the_end.enter_context(utils.locked(save_to, goes_on_there))
         options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))
         with reading(source):
             if options.summary:
                 print_summary(options, state)
                 return 0
-            message = None if only_reads else nothing_to_do(options, state)
-            if message:
+            if not only_reads and (message := nothing_to_do(options, state)):
                 print(message)
                 with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
                     os.utime(save_to / CHECKPOINT)
@@ -360,9 +350,7 @@ def run(argv: list[str] | None) -> int:
         if options.eval:
             print_evaluation(t)
             return 0
-        config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
-        config["weights_from"] = t.weights_from
-        distributed.on_rank0(lambda: utils.write_config(save_to, config, t.device))
+        distributed.on_rank0(lambda: report.write_config(t))
         report.print_start(options, t.model, t.optimizer, t.device)
         deadline = options.max_minutes and started + 60 * options.max_minutes
         with StopRequest(deadline) as stop:

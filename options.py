@@ -169,8 +169,8 @@ class Options:
 
     def of_run(self) -> dict:
         """The options of the run, as config.json, log.txt and checkpoints store them."""
-        absent = {*CALL_NAMES, *(name for name, value in LATER.items() if getattr(self, name) == value)}
-        return {name: value for name, value in asdict(self).items() if name not in absent}
+        of_run = {name: value for name, value in asdict(self).items() if name not in CALL_NAMES}
+        return {name: value for name, value in of_run.items() if name not in LATER or value != LATER[name]}
 
     def fixed(self) -> dict:
         """Those of the run that cannot change on the way."""
@@ -244,11 +244,7 @@ def default_text(name: str) -> str:
         if name in values["common"]:
             text = str(values["common"][name])
         else:
-            by = (
-                values["dropout"]
-                if name == "dropout"
-                else {method: values[method][name] for method in METHODS}
-            )
+            by = values["dropout"] if name == "dropout" else {m: values[m][name] for m in METHODS}
             text = ", ".join(f"{key} {value}" for key, value in by.items() if value is not None)
         texts.append(f"{protocol}: {text}")
     return "the paper's, " + "; ".join(texts)
@@ -259,9 +255,9 @@ def default_text(name: str) -> str:
 
 def fill_in(given: dict) -> dict:
     """The given options, with the paper's values and the rows' defaults for the rest."""
-    chosen = {name: row["default"] for name, row in ROWS.items() if row["default"] is not PAPER} | given
-    paper = paper_values(chosen["model"], chosen["dataset"], chosen["optim_method"])
-    return without_unused({**chosen, **paper, **given})
+    defaults = {name: row["default"] for name, row in ROWS.items() if row["default"] is not PAPER}
+    paper = paper_values(*({**defaults, **given}[name] for name in ("model", "dataset", "optim_method")))
+    return without_unused({**defaults, **paper, **given})
 
 
 def without_unused(options: dict) -> dict:
@@ -272,7 +268,7 @@ def without_unused(options: dict) -> dict:
 
 
 def find_places(given: dict) -> tuple[Path, Path | None, bool]:
-    """The run's directory; the checkpoint to read, if any; whether that is the directory's own.
+    """The run's directory; the checkpoint to read, if any; whether it is the directory's own.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -283,7 +279,8 @@ def find_places(given: dict) -> tuple[Path, Path | None, bool]:
         return Path(save or default), None, False
     if resume == "auto":
         own = Path(save or default) / CHECKPOINT
-        return own.parent, own if own.exists() else None, True
+        found = own.exists()  # one that another process writes from here on is not overwritten (`locked`)
+        return own.parent, own if found else None, found
     source = Path(resume) / CHECKPOINT if Path(resume).is_dir() else Path(resume)
     if not source.is_file():
         raise UserError(
@@ -320,9 +317,8 @@ def choose_options(given: dict, save: Path, source: Path | None) -> tuple[Option
     if unused:
         verb = "has" if len(unused) == 1 else "have"
         text = f"{', '.join(unused)} {verb} no effect on {model_name(options)} with {options.optim_method}"
-        print(
-            f"note: {text}", flush=True
-        )  # ahead of what may go to standard error, where both go to one file
+        # Flushed: ahead of what goes to standard error, where both go to one file.
+        print(f"note: {text}", flush=True)
     return options, state
 
 
@@ -346,17 +342,15 @@ def continue_with(given: dict, stored: dict, source: Path) -> dict:
         if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value >= 0):
             raise ValueError(f"its option {name} is {value!r}")
     may_change = CHANGES_ON_EVAL if call["eval"] else CHANGES_ON_RESUME
-    of_run = {name: value for name, value in given.items() if name not in CALL_NAMES}
-    given = {name: value for name, value in without_unused({**stored, **of_run}).items() if name in of_run}
-    for name, value in given.items():
-        if name not in may_change and value != stored[name]:
-            raise UsageError(
-                f"--{name} {value} differs from {stored[name]} of {source}; leave it out, or start a new run"
-            )
-    others = any(given.get(name, stored[name]) != stored[name] for name in ("dataset", "dataroot"))
-    if others and call["eval"]:  # on other images: on their test part
+    names = [name for name in stored if name in given and name not in CALL_NAMES]
+    usable = without_unused({**stored, **{name: given[name] for name in names}})
+    changed = {name: usable[name] for name in names if usable[name] != stored[name]}
+    if wrong := [name for name in changed if name not in may_change]:
+        was = f"--{wrong[0]} {changed[wrong[0]]} differs from {stored[wrong[0]]} of {source}"
+        raise UsageError(f"{was}; leave it out, or start a new run")
+    if call["eval"] and changed.keys() & {"dataset", "dataroot"}:  # other images: their test part
         stored = {**stored, "holdout": 0, "dataset_name": None}
-    return {**stored, **given, **call}
+    return {**stored, **{name: usable[name] for name in names}, **call}
 
 
 def nothing_to_do(options: Options, state: dict | None) -> str | None:

@@ -1,11 +1,11 @@
-"""What a person sees of a run: its start, progress, a line for each epoch, TensorBoard, diagnostics on
-G(1,n).
+"""What a person sees of a run: start, progress, epochs, TensorBoard, diagnostics, evaluation, --summary.
 
-Also the evaluation's table and --summary. Tables and the lines of a run fit 80 columns.
+Tables and the lines of a run fit 80 columns.
 """
 
 import json
 import os
+import platform
 import shlex
 import sys
 import textwrap
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -24,7 +26,7 @@ from tqdm import tqdm
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
 from options import Options, model_name
-from utils import CONFIG, LOG, environment, printable, write_whole
+from utils import CONFIG, LOG, environment, git_commit, printable, write_json, write_whole
 
 if TYPE_CHECKING:
     from main import Training
@@ -188,6 +190,20 @@ def disk_errors_said_once() -> Iterator[None]:
         threading.excepthook = before
 
 
+def write_config(t: "Training") -> None:
+    """config.json: what the run is and where it comes from; the call's device, versions and git commit."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+    run = {"options": t.options.of_run(), "model": model_name(t.options), "data": t.data.description()}
+    call = {**environment(t.device), "versions": versions, "git_commit": git_commit()}
+    write_json(t.options.save / CONFIG, {**run, "weights_from": t.weights_from, **call})
+
+
 def epoch_statistics(
     t: "Training", probe: dict, test_loss: float, test_error: float, test_time: float
 ) -> dict:
@@ -310,8 +326,7 @@ def _log_line(stats: dict) -> str:
 
 
 class GrassmannProbe:
-    """What a step does on G(1,n), layer by layer: angle moved, share of rows clipped, |cos| between different
-    rows.
+    """What a step does on G(1,n), layer by layer: angle moved, share of rows clipped, |cos| between rows.
 
     Sits on the optimizer's step hooks and measures the steps before which `active` is set. Sums stay on the
     device. For SGD, which has nothing on G(1,n), it takes the directions of the layers that the authors' rule

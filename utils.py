@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 import torch
 
@@ -83,7 +82,8 @@ def answer(run: Callable[[], int]) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it is Python's, CUDA's or torch's word for that on the CPU."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUDA error: out of memory")  # where others use it
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def say(sentence: str, code: int) -> int:
@@ -218,19 +218,6 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
     for half in itertools.chain(*(save.glob(f".{name}.*.tmp") for name in (CONFIG, LOG, CHECKPOINT))):
         half.unlink()  # of a run that was killed in `write_whole`
     return file
-
-
-def write_config(save: Path, config: dict, device: torch.device) -> None:
-    """config.json: what the run is (options, model, data); the call's device, versions and git commit."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-    }
-    where = {**environment(device), "versions": versions, "git_commit": git_commit()}
-    write_json(save / CONFIG, {**config, **where})
 
 
 def git_commit() -> str | None:

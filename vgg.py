@@ -16,8 +16,7 @@ CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 1
 
 
 class VGG(nn.Module):
-    """Images (N, 3, 32, 32) -> logits (N, num_classes). In training N is at least 2, as batch normalization
-    needs.
+    """Images (N, 3, 32, 32) -> logits (N, num_classes). Batch normalization trains on at least 2 images.
 
     Args:
         depth: 11, 13, 16 or 19 layers with weights. A ValueError names the four otherwise.
@@ -56,8 +55,7 @@ class VGG(nn.Module):
 
 
 def make_group(in_width: int, width: int, convolutions: int, dropout: float) -> nn.Sequential:
-    """(N, in_width, H, W) -> (N, width, H / 2, W / 2): convolutions with BN and ReLU; max pool; dropout, if
-    any."""
+    """(N, in_width, H, W) -> (N, width, H / 2, W / 2): convolutions, BN, ReLU; max pool; perhaps dropout."""
     group = nn.Sequential()
     for j in range(convolutions):
         inputs = in_width if j == 0 else width

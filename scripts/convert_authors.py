@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import report
 import utils
 from checkpoint import run_state, save_checkpoint
 from data import load_data
 from main import Training
-from options import model_name, parse_options
+from options import parse_options
 
 
 def our_name(name: str) -> str:
@@ -79,8 +80,7 @@ def convert() -> int:
     with utils.locked(options.save, continues=False):
         t = Training(options, load_data(options.dataset, options.dataroot, options.dataset_name))
         load_authors(t, args.file)
-        config = {"options": options.of_run(), "model": model_name(options), "data": t.data.description()}
-        utils.write_config(options.save, {**config, "weights_from": t.weights_from}, t.device)
+        report.write_config(t)
         save_checkpoint(options.save / utils.CHECKPOINT, run_state(t))
     way = f"python main.py --resume {shlex.quote(str(options.save))}"
     print(utils.printable(f"{t.weights_from}: go on with {way}"))

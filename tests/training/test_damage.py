@@ -14,7 +14,7 @@ import torch
 from helpers import METHODS, assert_one_sentence, assert_same_run, bits, call, contents, load, stop_at
 
 import main
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, reading
 from utils import UserError
 
 MANY = pytest.param(range(1000), marks=pytest.mark.long, id="many")
@@ -193,6 +193,7 @@ def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(f
     ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     ("main.make_model", torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
     ("main.load_data", OSError(5, "Input/output error"), "Input/output error"),
+    ("main.make_model", torch.AcceleratorError("CUDA error: out of memory"), "out of memory"),
 ])  # fmt: skip
 def test_what_is_wrong_with_the_machine_is_not_called_damage(finished, monkeypatch, place, error, said):
     def fail(*args, **kwargs):
@@ -202,6 +203,12 @@ def test_what_is_wrong_with_the_machine_is_not_called_damage(finished, monkeypat
     outcome = call("--resume", finished["SGD"][0], "--eval")
     assert_one_sentence(outcome, 1, said)
     assert "damaged" not in outcome.err
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError("CUDA error: device busy"), ImportError("scipy")])
+def test_what_is_not_the_files_fault_is_raised_as_it_is(error, tmp_path):
+    with pytest.raises(type(error)), reading(tmp_path / "checkpoint.pt"):
+        raise error
 
 
 # ------------------------------------------------------------------------------------------------------ flags

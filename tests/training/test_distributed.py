@@ -335,7 +335,7 @@ class DiskError(Exception):
         super().__init__(f"{name} has error {number}")
 
 
-@pytest.mark.parametrize(("broken", "place"), [(0, "main.utils.write_config"), (1, "main.load_data")])
+@pytest.mark.parametrize(("broken", "place"), [(0, "main.report.write_config"), (1, "main.load_data")])
 def test_an_error_that_pickle_cannot_carry_is_told(broken, place, tiny, ranks, tmp_path, monkeypatch):
     """Of the first process to all, and of any to all; the process that it happened to says where."""
     load_data = main.load_data
@@ -405,10 +405,13 @@ def test_a_number_of_processes_without_a_launcher_is_no_launch(ranks):
 
 
 @pytest.mark.parametrize(
-    ("rank", "local_rank", "gpus", "device"), [(3, "1", 8, 1), (3, None, 2, 1), (1, None, 1, 0)]
+    ("rank", "local_rank", "gpus", "devices"),
+    [(3, "1", 8, [1]), (3, None, 2, [1]), (1, None, 1, [0]), (3, "3", 2, [])],
 )
-def test_each_process_takes_the_gpu_of_its_number(rank, local_rank, gpus, device, monkeypatch):
-    """Of a launcher that does not say which process of its machine it is, by turns."""
+def test_each_process_takes_the_gpu_of_its_number(rank, local_rank, gpus, devices, monkeypatch):
+    """Of a launcher that does not say which process of its machine it is, by turns. None where there are
+    fewer: the options, which all processes look at together, may ask for CPUs, or get a sentence.
+    """
     calls, said = [], {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}
     monkeypatch.setattr(os, "environ", {name: value for name, value in said.items() if value})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -417,7 +420,7 @@ def test_each_process_takes_the_gpu_of_its_number(rank, local_rank, gpus, device
     monkeypatch.setattr(dist, "init_process_group", calls.append)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     with distributed.joined():
-        assert calls == [device, "cpu:gloo,cuda:nccl"]
+        assert calls == [*devices, "cpu:gloo,cuda:nccl"]
 
 
 def test_two_machines_with_a_gpu_each_need_no_word_of_the_launcher(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm, conv2d, linear, max_pool2d, relu
 
+import distributed
 from vgg import VGG
 
 DEPTHS = (11, 13, 16, 19)
@@ -105,3 +106,14 @@ def test_dropout_sits_behind_the_pools_and_acts_only_in_training():
     assert all(torch.equal(pooled[i], dropped[i]) for i in range(5))
     assert torch.equal(model(x), first)
     assert not any(isinstance(module, nn.Dropout) for module in VGG(13, 10).modules())
+
+
+def test_synchronized_batch_normalization_keeps_names_and_weights():
+    """Which torch's convert_sync_batchnorm refuses, as the scale is no parameter."""
+    model, x = VGG(11, 10).eval(), torch.randn(2, 3, 32, 32)
+    before, result = model.state_dict(), model(x)
+    distributed.synchronize_batch_norm(model)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) == 10
+    assert norms(model) == []
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(model(x), result)
