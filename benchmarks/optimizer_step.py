@@ -3,10 +3,9 @@
     python benchmarks/optimizer_step.py --depth 28 --width 10 [--device cuda] [--rounds 15] [--json FILE]
 
 Every variant updates the same parameters with the same random gradients. SGD has the paper's options
-(Nesterov momentum, weight decay) unless said otherwise; "plain rule" is the paper, weight by weight. The
-floor of a step is a copy of the bytes that it moves, and with the regularizer its matrix products besides.
-Peak memory is what a step holds and frees again. geoopt's RiemannianSGD and adamp's SGDP are included where
-both are installed.
+(Nesterov momentum, weight decay); "plain rule" is the paper, weight by weight. The floor of a step is a copy
+of the bytes that it moves, and with the regularizer its matrix products besides. Peak memory is what a step
+holds and frees again. geoopt's RiemannianSGD and adamp's SGDP are included where both are installed.
 """
 
 import argparse
@@ -76,7 +75,6 @@ def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
     options = {**momentum, "weight_decay": 5e-4, "nesterov": True}
     variants = {
         SGD: torch.optim.SGD(params, foreach=True, **options).step,
-        "SGD foreach, momentum only": torch.optim.SGD(params, foreach=True, **momentum).step,
         "SGD fused": torch.optim.SGD(params, fused=True, **options).step,
     }
     for name, cls in (("SGDG", go.SGDG), ("AdamG", go.AdamG), ("plain rule", PlainOptimizer)):

@@ -2,20 +2,18 @@
 
     python benchmarks/peers.py METHOD --json FILE [--test DIR] [--fc_lr RATE] [main.py's flags]
 
-FILE gets the options, each epoch's losses and test error, the error on all images of DIR/test, and time and
-memory of the optimizer beside SGD's. --lrg is the rate of the rows, the weights that SGD-G has on G(1,n),
---lr that of all else. METHODS names the optimizers of both; sgd and sgdg are main.py's own, with --fc_lr for
-the last layer alone. ObliqueSGD (NVIDIA Emerging-Optimizers) is oblique without clipping and regularizer.
+FILE gets the options, each epoch's losses and test error, and the error on all images of DIR/test. --lrg is
+the rate of the rows, the weights that SGD-G has on G(1,n), --lr that of all else. METHODS names the
+optimizers of both; sgd and sgdg are main.py's own, with --fc_lr for the last layer alone. ObliqueSGD (NVIDIA
+Emerging-Optimizers) is oblique without clipping and regularizer.
 """
 
 import argparse
 import io
 import json
 import re
-import statistics
 import sys
 import tempfile
-import time
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -139,21 +137,6 @@ def split_off(layer: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> 
             optimizer.add_param_group({**group, "params": last, "lr": lr, "name": f"fc, {group['name']}"})
 
 
-def cost(optimizer: torch.optim.Optimizer) -> dict:
-    """Median ms of a step and bytes of state, also those of SGD, which takes turns on the same weights."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    plain = torch.optim.SGD(params, 1e-4, 0.9, weight_decay=5e-4, nesterov=True)
-    figures, times = {}, {"": [], "sgd_": []}
-    for name, one in 15 * [("", optimizer), ("sgd_", plain)]:
-        started = time.perf_counter()
-        one.step()
-        times[name].append(1e3 * (time.perf_counter() - started))
-        states = [state for part in getattr(one, "parts", [one]) for state in part.state.values()]
-        sizes = [t.nbytes for state in states for t in state.values() if torch.is_tensor(t)]
-        figures |= {f"{name}step_ms": statistics.median(times[name]), f"{name}state_bytes": sum(sizes)}
-    return figures
-
-
 def evaluate(save: str, root: str) -> dict:
     """Loss and error in % on all images of root/test, normalized as the run's."""
     with redirect_stdout(io.StringIO()) as out:
@@ -165,10 +148,9 @@ def evaluate(save: str, root: str) -> dict:
 def run(args: argparse.Namespace, words: list[str], save: str) -> dict:
     """Train in the directory `save`; what goes to the JSON."""
     flags, *names = METHODS[args.method]
-    own, calls = program.make_optimizer, []
+    own = program.make_optimizer
 
     def make_optimizer(model, options):
-        calls.append((model, options))
         optimizer = own(model, options)
         if args.fc_lr is not None:
             split_off(model.fc, optimizer, args.fc_lr)
@@ -183,7 +165,6 @@ def run(args: argparse.Namespace, words: list[str], save: str) -> dict:
     return {
         **{"method": args.method, "optimizers": names, "fc_lr": args.fc_lr},
         **json.loads(Path(save, "config.json").read_text()),
-        "cost": cost(make_optimizer(*calls[0])),  # a new one, as main.py measures in the first one's steps
         "test": evaluate(save, args.test) if args.test else None,
         "epochs": {"test_error": [round(100 - line["test_acc"], 4) for line in lines], **epochs},
     }

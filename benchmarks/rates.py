@@ -1,6 +1,6 @@
 """Which rates train a small model in a first trial: the table of docs/method.md, "Choosing lr and lrg".
 
-    python benchmarks/rates.py [--steps 200 1000] [--seeds 3] [--json FILE]
+    python benchmarks/rates.py [--json FILE]
 
 scikit-learn's digits (1,437 images to train, 360 to test), batches of 64, cosine schedule, torch's initial
 weights. A cell has the mean of the last 20 losses and the test error, medians of the seeds.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 from utils import environment
 
+STEPS, SEEDS = (200, 1000), 3
 SETTINGS = [*(("SGD", lr, None) for lr in (0.1, 0.3, 1.0)),
             *(("SGD-G", *rates) for rates in ((0.01, 0.2), (0.1, 0.2), (0.1, 0.4), (0.3, 0.4))),
             *(("Adam-G", *rates) for rates in ((0.01, 0.05), (0.1, 0.1), (0.3, 0.1)))]  # fmt: skip
@@ -95,13 +96,11 @@ def table(runs: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 1000])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
     runs = []
-    for model, steps, (method, lr, lrg) in itertools.product(MODELS, args.steps, SETTINGS):
-        results = [train(model, method, lr, lrg, steps, seed) for seed in range(args.seeds)]
+    for model, steps, (method, lr, lrg) in itertools.product(MODELS, STEPS, SETTINGS):
+        results = [train(model, method, lr, lrg, steps, seed) for seed in range(SEEDS)]
         losses, errors = zip(*results, strict=True)
         run = {"model": model, "steps": steps, "method": method, "lr": lr, "lrg": lrg}
         runs.append({**run, "losses": losses, "errors": errors})

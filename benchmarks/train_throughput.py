@@ -46,7 +46,6 @@ ROWS = (  # of the table: key of the figure, label, factor, digits
     ("input_wait_s", "  waiting for input", 1e3, 2),
     ("product_flops", "a large product, TFLOP/s", 1e-12, 3),
     ("share_of_product", "share of its rate, %", 100, 1),
-    ("first_step_s", "network made and first step, s", 1, 2),
 )
 TIMES = ("step_s", "forward_backward_s", "optimizer_s", "input_wait_s")  # of these the gain is printed
 
@@ -66,10 +65,9 @@ class PlainTraining(Training):
 
 
 class Turns:
-    """One configuration, and its figures: key of ROWS -> a value for each turn, or a single one."""
+    """One configuration, and its figures: key of ROWS -> a value for each turn; three losses."""
 
     def __init__(self, training: type[Training], options: Options, data: DataSet):
-        started = time.perf_counter()
         self.t = training(options, data)
         self.cuda = self.t.device.type == "cuda"
         self.batches = TrainBatches(data.train_images, data.train_labels, options.randomcrop_pad)
@@ -77,10 +75,8 @@ class Turns:
         self.t.optimizer.register_step_pre_hook(lambda *_: self._mark("before"))
         self.t.optimizer.register_step_post_hook(lambda *_: self._mark("after"))
         with closing(self._iterate()) as batches:
-            losses = [self._step(*next(batches)).item()]  # waits for the device
-            first = time.perf_counter() - started
-            losses += [self._step(*batch).item() for batch in islice(batches, 2)]
-        self.figures = {"losses": losses, "first_step_s": [first]}
+            losses = [self._step(*batch).item() for batch in islice(batches, 3)]
+        self.figures = {"losses": losses}
         self.multiply_adds = multiply_adds(self.t.model, torch.zeros(1, 3, 32, 32, device=self.t.device))
         self.t.model.train()
         product_flops(self.t)  # warms up, too

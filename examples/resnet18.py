@@ -1,6 +1,6 @@
 """SGD-G beside SGD on torchvision's ResNet-18 and scikit-learn's digits: the two curves of the training loss.
 
-    python examples/resnet18.py [--steps 100] [--plot resnet18.png]      (some minutes on a CPU)
+    python examples/resnet18.py [--steps 100] [--plot resnet18.png]      (70 seconds of one core)
 
 All that a model of your own needs for SGD-G is the line that makes the optimizer.
 """

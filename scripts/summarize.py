@@ -1,7 +1,7 @@
 """Tables and figures from run directories: medians over seeds, with the paper's numbers beside them.
 
     python scripts/summarize.py logs/table1 [more directories] [--markdown PAGE] [--csv FILE]
-                                [--plots DIR_OR_FILE] [--x epoch|time] [--plateau]
+                                [--plots DIR_OR_FILE]
 
 A run is a directory with config.json and log.txt. Its result is the last epoch's test error, never the best
 epoch's. Runs that differ in nothing but the seed, and in what cannot change a result, make a cell; cells with
@@ -14,13 +14,15 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections import Counter, namedtuple
 from functools import cache
-from itertools import accumulate, groupby, pairwise, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from statistics import median
 from urllib.parse import quote
@@ -54,7 +56,8 @@ NOT_OF_SGD = ("omega", "grad_clip", "select")
 OLDER = {"holdout": 0, "select": "shape", "sync_bn": False}  # what runs from before these options did
 BEGIN, END = (f"<!-- made by scripts/summarize.py: {word} -->" for word in ("begin", "end"))
 NOTE = """Error: the last epoch's. Loss: the training loss, median of the last three epochs up to that one.
-Of several seeds (n) the median and the range. An experiment is the folder of its runs."""
+Of several seeds (n) the median and the range. An experiment is the folder of its runs. Options
+are named where they differ from most of the method's in the table; config.json has all."""
 
 
 @cache
@@ -80,52 +83,60 @@ class Run:
 
     def __init__(self, path, root, config):
         data, options = config["data"], OLDER | config["options"]
-        names = config["model"], LABELS.get(data["name"], data["name"]), options["dataset"], data["sha256"]
-        self.model, self.data, dataset, self.sha256 = map(printable, names)
         self.path, self.method = path, METHODS[options["optim_method"]]
-        self.seed, self.epochs, self.holdout = (whole(options[key]) for key in ("seed", "epochs", "holdout"))
-        self.drops = sorted(map(whole, options["epoch_step"]))
+        self.model, self.dataset = printable(config["model"]), printable(options["dataset"])
+        self.data, self.sha256 = printable(LABELS.get(data["name"], data["name"])), printable(data["sha256"])
+        self.images = int(data["train_images"]), int(data["test_images"])
+        self.seed, self.epochs, self.holdout = (int(options[key]) for key in ("seed", "epochs", "holdout"))
+        self.drops = sorted(map(int, options["epoch_step"]))
         self.ends = [*(drop for drop in self.drops if drop < self.epochs), self.epochs]
         self.rates = tuple(number(options[key]) for key in ("lr", "lrg") if options[key] is not None)
+        self.options = self.other_options(config, options)
+        self.experiment = experiment_of(
+            path.relative_to(root), (self.data, self.dataset, self.model, self.method)
+        )
+        self.name = self.model.upper() + (f", {self.experiment}" if self.experiment else "")
+        self.title = self.data + (", choice of hyperparameters" if self.holdout else "")
+        self.table = self.holdout > 0, self.data, self.description(), self.dataset
+        order = list(COLOURS).index(self.method)
+        self.setting = self.model, self.experiment, order, self.rates, sorted(self.options.items())
+        self.paper, self.curves = self.of_paper()
+
+    def other_options(self, config, options):
         apart = {*NO_RESULT, *OF_TABLE, *IN_COLUMNS, *(NOT_OF_SGD if self.method == "SGD" else ())}
         others = {key: value for key, value in options.items() if key not in apart}
         # Several processes normalize by slices of a batch; older runs used TF32 on GPUs and do not say it.
         others |= {key: config[key] for key in ("weights_from", "processes") if config.get(key)}
         precision = "float32" if config["device"].endswith("CPU") else "TF32"
         others["convolutions"] = config.get("float32_convolutions") or precision
-        self.options = {printable(key): printable(value) for key, value in others.items()}
-        self.experiment = experiment_of(path.relative_to(root), [self.data, dataset, self.model, self.method])
-        self.name = self.model.upper() + (f", {self.experiment}" if self.experiment else "")
-        self.title = self.data + (", choice of hyperparameters" if self.holdout else "")
-        others = list(COLOURS).index(self.method), self.rates, sorted(self.options.items())
-        self.setting = self.model, self.experiment, *others
-        images = whole(data["train_images"]), whole(data["test_images"])
-        kind, drops = "held-out" if self.holdout else "test", ", ".join(map(str, self.drops))
-        description = f"{images[0]:,} training and {images[1]:,} {kind} images (SHA-256 {self.sha256[:12]}), "
-        description += f"{self.epochs} epoch{'s' * (self.epochs > 1)}, learning rates "
-        description += f"drop after {drops}" if drops else "are constant"
-        self.table = self.holdout > 0, self.data, description, dataset
-        paper = PAPER.get(dataset)
-        same = paper and paper.images == images  # archives of another size are not that data set
-        self.curves = read_paper_curves().get((self.data, self.model.upper()), {}) if same else {}
-        same = same and (paper.epochs, paper.epoch_step) == (self.epochs, self.drops)
-        errors = paper.errors.get(self.model, ()) if same else ()
-        self.paper = dict(zip(COLOURS, errors, strict=False)).get(self.method)
+        return {printable(key): printable(value) for key, value in others.items()}
+
+    def description(self):
+        train, test = self.images
+        kind, epochs = "held-out" if self.holdout else "test", "epoch" if self.epochs == 1 else "epochs"
+        drops = f"drop after {', '.join(map(str, self.drops))}" if self.drops else "are constant"
+        images = f"{train:,} training and {test:,} {kind} images (SHA-256 {self.sha256[:12]})"
+        return f"{images}, {self.epochs} {epochs}, learning rates {drops}."
+
+    def of_paper(self):
+        paper = PAPER.get(self.dataset)
+        if not paper or paper.images != self.images:  # archives of another size are not that data set
+            return None, {}
+        curves = read_paper_curves().get((self.data, self.model.upper()), {})
+        curves = {method: [p for p in points if p[0] <= self.epochs] for method, points in curves.items()}
+        errors = dict(zip(COLOURS, paper.errors.get(self.model, ()), strict=False))
+        same = (paper.epochs, paper.epoch_step) == (self.epochs, self.drops)
+        return errors.get(self.method) if same else None, curves
 
     def add_epochs(self, log):
-        """Takes of a log what tables and figures need. What follows the last line end is being written."""
-        records = []
-        for line in log.split("\n")[:-1]:
-            epoch = json.loads(line.removeprefix("json_stats:"))
-            loss, error = number(epoch["train_loss"]), 100 - number(epoch["test_acc"], 100)
-            minutes = (number(epoch["train_time"]) + number(epoch["test_time"])) / 60
-            records.append((whole(epoch["epoch"]), loss, error, minutes, number(epoch["images_per_sec"])))
-        columns = zip(*sorted(records), strict=True) if records else [()] * 5
-        epochs, self.losses, self.errors, minutes, self.speeds = columns
-        if epochs != tuple(range(1, len(records) + 1)) or len(records) > self.epochs:
+        """Takes the losses and errors of a log. What follows the last line end is being written."""
+        lines = [json.loads(line.removeprefix("json_stats:")) for line in log.split("\n")[:-1]]
+        self.losses = [number(line["train_loss"]) for line in lines]
+        self.errors = [100 - number(line["test_acc"]) for line in lines]
+        if [line["epoch"] for line in lines] != list(range(1, len(lines) + 1)) or len(lines) > self.epochs:
             raise ValueError(f"its epochs are not the first of {self.epochs}, each once")
-        self.minutes, self.finished = list(accumulate(minutes)), len(records) == self.epochs
-        self.progress = f"unfinished, epoch {len(records)} of {self.epochs}"
+        self.finished = len(lines) == self.epochs
+        self.progress = f"unfinished, epoch {len(lines)} of {self.epochs}"
 
 
 def experiment_of(path, names):
@@ -139,15 +150,8 @@ def experiment_of(path, names):
 def read_runs(roots):
     """All usable runs below `roots`, and a sentence for each that is left out."""
     runs, left_out, seen = [], [], set()
-
-    def leave_out(file, error):
-        reason = f"it says nothing of {error}" if isinstance(error, KeyError) else str(error)
-        reason = getattr(error, "strerror", None) or reason or type(error).__name__
-        left_out.append(printable(f"{file}: {reason}"[:400]))
-
     for root in roots:
-        walk = os.walk(root, onerror=lambda error: leave_out(error.filename, error), followlinks=True)
-        for folder, subfolders, files in walk:
+        for folder, subfolders, files in os.walk(root, followlinks=True):
             path, is_run = Path(folder), {"config.json", "log.txt"} & set(files)
             subfolders[:] = sorted(name for name in subfolders if name != "published")
             if path.resolve() in seen:
@@ -155,32 +159,22 @@ def read_runs(roots):
             elif is_run:
                 file = path / "config.json"
                 try:
-                    run = Run(path, root, json.loads(content(file)))
-                    file = path / "log.txt"
-                    run.add_epochs(content(file) if os.path.lexists(file) else "")  # it may have just begun
+                    run = Run(path, root, json.loads(file.read_text(encoding="utf-8")))
+                    file = path / "log.txt"  # which a run that has just begun has not
+                    run.add_epochs(file.read_text(encoding="utf-8") if "log.txt" in files else "")
                     runs.append(run)
                 except Exception as error:  # whatever is in a file, it ends its run alone
-                    leave_out(file, error)
+                    reason = f"it says nothing of {error}" if isinstance(error, KeyError) else error
+                    left_out.append(printable(f"{file}: {reason}"[:400]))
             seen.add(path.resolve())
     return runs, left_out
 
 
-def content(file):
-    """The text of a file. Raises ValueError for a pipe, of which reading would never end."""
-    if file.exists() and not file.is_file():
-        raise ValueError("it is not a file")
-    return file.read_text(encoding="utf-8")
-
-
-def number(value, high=3e38):
-    """As a float. Raises ValueError or TypeError for what is no number from 0 to `high`; NaN is none."""
-    if isinstance(value, str) or not 0 <= float(value) <= high:
-        raise ValueError(f"{value!r} is not a number from 0 to {high:g}")
+def number(value):
+    """As a float. Raises ValueError for infinity and NaN, which would spoil medians and figures."""
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
     return float(value)
-
-
-def whole(value):
-    return int(number(value))
 
 
 def printable(value):
@@ -209,32 +203,16 @@ class Cell:
         self.rates = [f"{rate:g}" for rate in self.any.rates]
         self.hyperparameters = ", ".join(filter(None, [*self.rates, self.unusual]))
 
-    def phases(self, measure):
-        """For each phase a list: `measure` of the losses in it, of each finished run."""
+    def losses_at_ends(self):
+        """For each phase the loss at its end of each finished run: the median of its last three epochs."""
         bounds = list(pairwise([0, *self.any.ends])) if self.runs else []
-        return [[measure(run.losses[start:end]) for run in self.runs] for start, end in bounds]
+        return [[median(run.losses[start:end][-3:]) for run in self.runs] for start, end in bounds]
 
 
 def middle(values, form, n=""):
     """The median and, of several values, the range."""
     spread = f" ({min(values):{form}} to {max(values):{form}}{n})" if len(values) > 1 else ""
     return f"{median(values):{form}}{spread}"
-
-
-def loss_at_end(losses):
-    """The training loss at the end of a phase: the median of its last three epochs."""
-    return median(losses[-3:])
-
-
-def plateau(losses):
-    """How far the lowest loss of a phase's second half is from that of its first, in %; near 0: a plateau.
-
-    Of medians of three epochs in a row; NaN where there is only one of them.
-    """
-    medians = [median(losses[i : i + 3]) for i in range(len(losses) - 2)]
-    half = (len(medians) + 1) // 2
-    possible = len(medians) > 1 and min(medians[:half]) > 0
-    return 100 * (min(medians[half:]) / min(medians[:half]) - 1) if possible else float("nan")
 
 
 def make_tables(runs, left_out):
@@ -250,26 +228,27 @@ def make_tables(runs, left_out):
 
 
 def make_table(cells):
-    """(what its runs share and most cells of each method have, cells) of lists of runs."""
-    usual, shared = {}, {}
-    for method in dict.fromkeys(runs[0].method for runs in cells):
-        options = [runs[0].options for runs in cells if runs[0].method == method]
+    """(what all its runs share, cells) of lists of runs."""
+    usual = usual_options([runs[0] for runs in cells])
+    return cells[0][0].description(), [Cell(runs, usual[runs[0].method]) for runs in cells]
+
+
+def usual_options(runs):
+    """{method: {name: the text that most of its runs have}}; it is 'none' where they have no such option."""
+    usual = {}
+    for method in dict.fromkeys(run.method for run in runs):
+        options = [run.options for run in runs if run.method == method]
         names = dict.fromkeys(name for each in options for name in each)
-        values = {name: Counter(each.get(name, "none") for each in options) for name in names}
-        usual[method] = {name: counts.most_common(1)[0][0] for name, counts in values.items()}
-        for name, value in usual[method].items():
-            shared.setdefault(f"{name} {value}", []).append(method)
-    whose = {text: f" ({', '.join(of)})" if len(of) < len(usual) else "" for text, of in shared.items()}
-    texts = sorted(text + of for text, of in whose.items() if not text.endswith((" none", " False")))
-    description = f"{cells[0][0].table[2]}; unless said otherwise {', '.join(texts)}."
-    return description, [Cell(runs, usual[runs[0].method]) for runs in cells]
+        counts = {name: Counter(each.get(name, "none") for each in options) for name in names}
+        usual[method] = {name: count.most_common(1)[0][0] for name, count in counts.items()}
+    return usual
 
 
 def line_of(cell):
     """{head: text} of one cell; the last entries are the losses at the ends of the phases."""
     run, paper, (lr, lrg) = cell.any, cell.any.paper, [*cell.rates, ""][:2]
     difference = f"{median(cell.errors) - paper:+.2f}" if paper and cell.runs else ""
-    losses = [middle(values, "#.3g") for values in cell.phases(loss_at_end)] or [""] * len(run.ends)
+    losses = [middle(values, "#.3g") for values in cell.losses_at_ends()] or [""] * len(run.ends)
     return {
         "Network": run.model.upper(), "Experiment": run.experiment, "Method": run.method,
         "lr": lr, "lrg": lrg, "Other options": cell.unusual, "Error (%)": cell.error_text,
@@ -356,7 +335,7 @@ def csv_text(tables):
     """A line for each cell, with all options, and six digits of each number."""
     file, writer = io.StringIO(newline=""), None
     for cell in (cell for _, cells in tables for cell in cells):
-        run, errors, losses = cell.any, cell.errors, [median(values) for values in cell.phases(loss_at_end)]
+        run, errors, losses = cell.any, cell.errors, list(map(median, cell.losses_at_ends()))
         record = {
             "data": run.data, "sha256": run.sha256, "epochs": run.epochs, "holdout": run.holdout,
             "network": run.model, "experiment": run.experiment, "method": run.method,
@@ -365,10 +344,8 @@ def csv_text(tables):
             "runs": len(cell.runs), "unfinished": len(cell.all_runs) - len(cell.runs),
             "test_error": median(errors) if errors else None, "min": min(errors, default=None),
             "max": max(errors, default=None), "paper": run.paper,
-            "difference": median(errors) - run.paper if errors and run.paper else None,
             "train_loss": losses[-1] if losses else None,
             "phases": " ".join(f"{loss:.6g}" for loss in losses),
-            "images_per_sec": median(median(run.speeds) for run in cell.runs) if errors else None,
         }  # fmt: skip
         for name, value in record.items():
             if isinstance(value, float):
@@ -399,42 +376,58 @@ def write(path, make):
 
 
 DROP = {"color": "0.5", "linewidth": 1, "linestyle": ":"}
-# quantity: losses, errors, or the paper's curves alone. drops: of these.
-Panel = namedtuple("Panel", "title quantity cells drops", defaults=[(), ()])
+# quantity: losses or errors, of the cells. curves: the paper's losses, behind them or alone.
+Panel = namedtuple("Panel", "title quantity cells drops curves")
 
 
-def plan_figures(tables, target, x):
-    """[(table, path, title, panels)]: the losses of networks with several methods, then each network."""
-    plan, names = [], Counter(["paper-curves"])
+def panel_of(title, quantity, cells):
+    """Of cells with the same data, network and schedule."""
+    run = cells[0].any
+    return Panel(title, quantity, cells, run.ends[:-1], run.curves if quantity == "losses" else {})
 
-    def add(table, words, title, *panels):
-        stem = re.sub(r"[^a-z0-9]+", "-", f"{words} {x if x == 'time' else ''}".lower())[:100].strip("-")
-        names[stem] += 1
-        name = f"{stem or 'figure'}-{names[stem]}.png" if names[stem] > 1 else f"{stem or 'figure'}.png"
-        plan.append((table, target / name, title, panels))
 
-    for _, cells in tables:
-        drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
-        groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
-        compared = [group for group in groups if len({cell.any.method for cell in group}) > 1]
-        if len(compared) > 1:
-            run, panels = cells[0].any, [Panel(group[0].any.name, "losses", group) for group in compared]
-            add(run.table, f"{run.data} training loss", f"Training loss on {run.data}", *panels)
-        for run, group in ((group[0].any, group) for group in groups):
-            panels = Panel("Training loss", "losses", group), Panel("Test error (%)", "errors", group)
-            add(run.table, f"{run.experiment} {run.data} {run.model}", f"{run.name} on {run.data}", *panels)
-    if target.suffix and not target.is_dir():
-        if len(plan) != 1:
-            sys.exit(f"summarize.py: {target} is one file for {len(plan)} figures: give --plots a directory")
-        return [(table, target, title, panels) for table, _, title, panels in plan]
+def figures_of(cells):
+    """[(words of the file's name, title, panels)]: those with several methods, then each network."""
+    drawn = [cell for cell in cells if not cell.any.holdout and any(run.losses for run in cell.all_runs)]
+    groups = [list(group) for _, group in groupby(drawn, lambda cell: cell.any.name)]
+    compared = [group for group in groups if len({cell.any.method for cell in group}) > 1]
+    data, figures = cells[0].any.data, []
+    if len(compared) > 1:
+        panels = [panel_of(group[0].any.name, "losses", group) for group in compared]
+        figures.append((f"{data} training loss", f"Training loss on {data}", panels))
+    for group in groups:
+        run = group[0].any
+        panels = [panel_of("Training loss", "losses", group), panel_of("Test error (%)", "errors", group)]
+        figures.append((f"{run.experiment} {data} {run.model}", f"{run.name} on {data}", panels))
+    return figures
+
+
+def figure_of_the_paper():
     drops = {LABELS.get(name, name): paper.epoch_step for name, paper in PAPER.items()}
     curves = read_paper_curves().items()
-    panels = [Panel(f"{network} on {data}", of, drops=drops[data]) for (data, network), of in curves]
-    title = "The paper's training cross-entropy, read off the authors' poster"
-    return [*plan, (None, target / "paper-curves.png", title, panels)]
+    panels = [Panel(f"{network} on {data}", "losses", (), drops[data], of) for (data, network), of in curves]
+    return "paper curves", "The paper's training cross-entropy, read off the authors' poster", panels
 
 
-def draw(path, title, panels, x):
+def plan_figures(tables, target):
+    """[(table, path, title, panels)]: in the folder `target`, or one figure in the file of that name."""
+    figures = [(cells[0].any.table, *figure) for _, cells in tables for figure in figures_of(cells)]
+    if target.suffix and not target.is_dir():
+        if len(figures) != 1:
+            sys.exit(
+                f"summarize.py: {target} is one file for {len(figures)} figures: give --plots a directory"
+            )
+        return [(table, target, title, panels) for table, _, title, panels in figures]
+    plan, names = [], Counter()
+    for table, words, title, panels in [*figures, (None, *figure_of_the_paper())]:
+        stem = re.sub(r"[^a-z0-9]+", "-", words.lower())[:100].strip("-")
+        names[stem] += 1
+        number = f"-{names[stem]}" if names[stem] > 1 else ""
+        plan.append((table, target / f"{stem}{number}.png", title, panels))
+    return plan
+
+
+def draw(path, title, panels):
     """Draws one figure; panels that do not show errors have the same axes."""
     os.environ["MPLBACKEND"] = "Agg"  # whatever a notebook or a matplotlibrc chose
     import matplotlib  # here, because it takes a second, and tables need none
@@ -449,30 +442,28 @@ def draw(path, title, panels, x):
         figsize=(4.5 * across, 0.6 + 3.6 * down),
     )  # fmt: skip
     for axis, panel in zip_longest(axes.flat, panels):
-        draw_panel(axis, panel, x) if panel else axis.set_visible(False)
+        draw_panel(axis, panel) if panel else axis.set_visible(False)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def draw_panel(axis, panel, x):
+def draw_panel(axis, panel):
     """All cells, and behind losses the paper's curves; or these alone."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    for method in COLOURS:
+    for method, color in COLOURS.items():
         cells = [cell for cell in panel.cells if cell.any.method == method]
-        for number, cell in enumerate(cells):
+        for index, cell in enumerate(cells):
             name = f"{method} {cell.hyperparameters}" if len(cells) > 1 else method
-            draw_cell(axis, cell, panel.quantity, x, name, 1 - 0.8 * number / len(cells))
-        behind = panel.quantity == "losses" and x == "epoch" and bool(cells)
-        curves = panel.quantity if not panel.cells else cells[0].any.curves if behind else {}
-        points = [point for point in curves.get(method, []) if not cells or point[0] <= cells[0].any.epochs]
-        if points:
-            style = {"linestyle": (0, (4, 2)), "linewidth": 1, "zorder": 1.5} if cells else {}
-            name = f"{method}, the paper's" if cells else method
-            axis.plot(*zip(*points, strict=True), color=COLOURS[method], label=name, **style)
-    axis.set(title=panel.title, xlabel="Minutes" if x == "time" and panel.cells else "Epoch")
+            draw_cell(axis, cell, panel.quantity, name, color=color, alpha=1 - 0.8 * index / len(cells))
+        if method in panel.curves and not panel.cells:
+            axis.plot(*zip(*panel.curves[method], strict=True), color=color, label=method)
+        elif method in panel.curves and cells:
+            style = {"color": color, "linestyle": (0, (4, 2)), "linewidth": 1, "zorder": 1.5}
+            axis.plot(*zip(*panel.curves[method], strict=True), label=f"{method}, the paper's", **style)
+    axis.set(title=panel.title, xlabel="Epoch")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelbottom=True, labelleft=True)
@@ -483,34 +474,25 @@ def draw_panel(axis, panel, x):
     axis.legend(loc="upper right")
     if panel.quantity == "errors":  # without the first epochs, or the last ones cannot be told apart
         later = [e for cell in panel.cells for run in cell.all_runs for e in run.errors[run.epochs // 5 :]]
-        low, high = min(later, default=0), max(later, default=100)
-        axis.set_ylim(0.9 * low if low > high / 4 else 0, 1.1 * high or 1)
-    else:  # 1, 2 and 5 of each decade, or round numbers where there are too few of them
+        axis.set_ylim(0.9 * min(later, default=0), 1.1 * max(later, default=100) or 1)
+    else:
         axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(5))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_cell(axis, cell, quantity, x, name, alpha):
-    """All seeds thin, the median of the finished ones thick, drops dotted."""
-
-    def curve(run):
-        return run.minutes if x == "time" else range(1, len(run.losses) + 1), getattr(run, quantity)
-
-    style, runs = {"color": COLOURS[cell.any.method]}, [run for run in cell.all_runs if run.losses]
-    for run in runs:
-        marker = "o" if len(run.losses) == 1 else None  # one epoch makes no line
-        axis.plot(*curve(run), linewidth=0.8, alpha=0.6 * alpha, marker=marker, **style)
-    middle = [[median(at) for at in zip(*of, strict=True)] for of in zip(*map(curve, cell.runs), strict=True)]
+def draw_cell(axis, cell, quantity, name, color, alpha):
+    """All seeds thin, the median of the finished ones thick."""
+    for run in cell.all_runs:
+        values = getattr(run, quantity)
+        marker = "o" if len(values) == 1 else None  # one epoch makes no line
+        thin = {"linewidth": 0.8, "alpha": 0.6 * alpha}
+        axis.plot(range(1, len(values) + 1), values, marker=marker, color=color, **thin)
+    medians = [median(at) for at in zip(*(getattr(run, quantity) for run in cell.runs), strict=True)]
     name += f" (median of {len(cell.runs)})" if len(cell.runs) > 1 else ""
     name += "" if cell.runs else " (unfinished)"
-    axis.plot(*(middle or ([], [])), linewidth=2, alpha=alpha, label=name, **style)
-    reached = middle[0] if middle else max((curve(run)[0] for run in runs), key=len)
-    for drop in cell.any.drops:
-        if drop <= len(reached):  # after so many epochs; against time each method drops at its own moment
-            axis.axvline(reached[drop - 1], **(DROP | (style if x == "time" else {})))
+    axis.plot(range(1, len(medians) + 1), medians, linewidth=2, label=name, color=color, alpha=alpha)
 
 
 def main(arguments=None):
@@ -520,8 +502,6 @@ def main(arguments=None):
     add("--markdown", type=Path, metavar="PAGE", help="write the tables there, between its two markers")
     add("--csv", type=Path, metavar="FILE", help="write one line per cell there, with all digits")
     add("--plots", type=Path, metavar="DIR_OR_FILE", help="draw a figure for each network and data set")
-    add("--x", choices=("epoch", "time"), default="epoch", help="the figures' axis (default: epoch)")
-    add("--plateau", action="store_true", help="print how far the loss fell between each phase's halves")
     options = parser.parse_args(arguments)
     runs, left_out = read_runs(options.directories)
     for sentence in left_out:
@@ -531,10 +511,7 @@ def main(arguments=None):
         sys.exit(f"No usable run (a directory with config.json and log.txt) below {places}: train one first.")
     tables = make_tables(runs, left_out)
     print(report(tables, left_out), end="")
-    for cell in (cell for _, cells in tables for cell in cells) if options.plateau else ():
-        falls = ", ".join(middle(values, "+z.0f") for values in cell.phases(plateau))
-        print(f"{cell.any.name}, {cell.any.method} at {cell.hyperparameters}: plateaus (%): {falls}")
-    plan = plan_figures(tables, options.plots, options.x) if options.plots else []
+    plan = plan_figures(tables, options.plots) if options.plots else []
     if options.csv:
         write(options.csv, lambda: csv_text(tables))
     if options.markdown:
@@ -542,7 +519,7 @@ def main(arguments=None):
         write(options.markdown, lambda: new_page(options.markdown, part))
     for _, path, title, panels in plan:
         try:
-            draw(path, title, panels, options.x)
+            draw(path, title, panels)
         except Exception as error:
             sys.exit(printable(f"summarize.py: cannot draw {path}: {error}"))
     if plan:
@@ -550,10 +527,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal cannot show
-    try:
-        main()
-    except BrokenPipeError:  # whoever read the output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves, as `head` does, is no error
+    main()

@@ -69,51 +69,63 @@ def say(text: str, stream: int = 1) -> None:
         os.write(stream, f"{text}\n".encode(errors="replace"))
 
 
-def run_all(cells: dict[Path, list[str]], epochs: int, slots: list[dict[str, str]]) -> tuple[list, list]:
-    """Run the cells, one at a time in each slot (its environment); returns the failures and the signals."""
-    signals, processes, free, starting = [], [], SimpleQueue(), RLock()
-    for slot in slots:
-        free.put(slot)
+class Runs:
+    """Runs the cells, one at a time in each slot (its environment), until a signal asks them to stop."""
 
-    def handle(number: int, _frame) -> None:
-        if signals and number == signal.SIGHUP:  # a lost terminal may send it twice
+    def __init__(self, cells: dict[Path, list[str]], epochs: int, slots: list[dict[str, str]]):
+        self.cells, self.epochs = cells, epochs
+        self.signals: list[int] = []
+        self.processes: list[subprocess.Popen] = []
+        self.free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for slot in slots:
+            self.free.put(slot)
+        self.starting = RLock()
+
+    def run_all(self) -> list[str]:
+        """Returns a sentence for each failure."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self.stop)
+        with ThreadPoolExecutor(self.free.qsize()) as pool:
+            return [failure for failure in pool.map(self.run, self.cells) if failure]
+
+    def stop(self, number: int, _frame) -> None:
+        if self.signals and number == signal.SIGHUP:  # a lost terminal may send it twice
             return
-        signals.append(number)
-        if len(signals) == 1:
+        self.signals.append(number)
+        if len(self.signals) == 1:
             say(f"signal {number}: waiting for the runs' checkpoints (once more to end them at once)", 2)
-        with starting:
-            for process in processes:
-                process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+        with self.starting:
+            for process in self.processes:
+                process.send_signal(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
 
-    def run_cell(directory: Path) -> str:
-        output, failure, slot = directory / "output.txt", "", free.get()
+    def run(self, directory: Path) -> str:
+        """Returns why the run failed, or nothing."""
+        output, failure, slot = directory / "output.txt", "", self.free.get()
         try:
-            with starting:
-                if signals:
+            with self.starting:
+                if self.signals:
                     return ""
-                say(f"{time.strftime('%T')} start    {directory}")
-                directory.mkdir(parents=True, exist_ok=True)
-                with output.open("ab") as file:
-                    # A session of its own: Ctrl-C and a lost terminal do not reach it, it is asked just once.
-                    own = {"env": os.environ | slot, "stdin": subprocess.DEVNULL, "start_new_session": True}
-                    process = subprocess.Popen(cells[directory], stdout=file, stderr=file, **own)
-                processes.append(process)
-            if (code := process.wait()) and not signals:
+                process = self.start(directory, output, slot)
+            if (code := process.wait()) and not self.signals:
                 failure = f"failed with exit code {code if code > 0 else 128 - code}: {output}: "
                 failure += "".join(output.read_text(errors="replace").splitlines()[-1:])
         except OSError as error:
             failure += str(error)
         finally:
-            free.put(slot)
-        state = "failed  " if failure else "finished" if finished(directory, epochs) else "stopped "
+            self.free.put(slot)
+        state = "failed  " if failure else "finished" if finished(directory, self.epochs) else "stopped "
         say(f"{time.strftime('%T')} {state} {directory}")
         return failure
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, handle)
-    with ThreadPoolExecutor(len(slots)) as pool:
-        return [failure for failure in pool.map(run_cell, cells) if failure], signals
+    def start(self, directory: Path, output: Path, slot: dict[str, str]) -> subprocess.Popen:
+        say(f"{time.strftime('%T')} start    {directory}")
+        directory.mkdir(parents=True, exist_ok=True)
+        with output.open("ab") as file:
+            # A session of its own: Ctrl-C and a lost terminal do not reach it, it is asked just once.
+            own = {"env": os.environ | slot, "stdin": subprocess.DEVNULL, "start_new_session": True}
+            self.processes.append(subprocess.Popen(self.cells[directory], stdout=file, stderr=file, **own))
+        return self.processes[-1]
 
 
 def visible_gpus() -> list[str]:
@@ -145,7 +157,8 @@ def main(script: str, models: str, datasets: str, epochs: str, drops: str, *word
     done = [directory for directory in cells if finished(directory, last)]
     say(f"{len(done)} of {len(cells)} runs are finished; {jobs} at once, on {len(gpus)} GPUs (0: the CPU)")
     # With flags of its own main.py judges finished runs, too: they may be of other flags.
-    failures, signals = run_all({d: cells[d] for d in cells if flags or d not in done}, last, slots)
+    runs = Runs({d: cells[d] for d in cells if flags or d not in done}, last, slots)
+    failures = runs.run_all()
     done = [directory for directory in cells if finished(directory, last)]
     for failure in failures:
         say(failure, 2)
@@ -154,7 +167,7 @@ def main(script: str, models: str, datasets: str, epochs: str, drops: str, *word
         names = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
         given = [f"{name}={shlex.quote(os.environ[name])} " for name in names if name in os.environ]
         say(f"to continue: {''.join(given)}bash {shlex.join([script, *words])}")
-    return 128 + signals[0] if signals else min(len(failures), 1)
+    return 128 + runs.signals[0] if runs.signals else min(len(failures), 1)
 
 
 if __name__ == "__main__":

@@ -78,13 +78,21 @@ def test_each_method_moves_the_networks_own_weights_at_their_groups_rate(method)
     assert {p for p, old in pairs if torch.allclose(p, old, atol=1e-6)} == still
 
 
-def test_a_run_is_main_pys_own_with_another_optimizer(tiny, images_root, tmp_path):
+def test_a_run_is_main_pys_own_with_another_optimizer(tiny, images_root, tmp_path, monkeypatch):
+    made = []
+
+    class Peer(peers.Peer):
+        def __init__(self, groups, *names):
+            made.append(names)
+            super().__init__(groups, *names)
+
+    monkeypatch.setattr(peers, "Peer", Peer)
     words, file = tiny("SGDG", tmp_path / "main"), tmp_path / "new" / "exact.json"
     assert call(*words).code == 0
     peers.main(["exact", *words[:-2], "--json", str(file), "--test", str(images_root)])
+    assert made == [("Rows", "SGD")]
     result, own = json.loads(file.read_text()), log_lines(tmp_path / "main")
     last = {"images": 18, "loss": own[-1]["test_loss"], "error": 100 - own[-1]["test_acc"]}
     assert result["test"] == pytest.approx(last, rel=1e-3)
     assert result["epochs"]["train_loss"] == pytest.approx([line["train_loss"] for line in own], rel=1e-4)
     assert result["epochs"]["test_error"] == pytest.approx([100 - line["test_acc"] for line in own])
-    assert result["cost"]["state_bytes"] == result["cost"]["sgd_state_bytes"] > 0

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import threads
 from helpers import METHODS, ROOT, contents, log_lines
 
 BASE = sys._base_executable  # of the tests' own environment: without packages
@@ -54,6 +53,7 @@ def test_a_broken_environment_of_ours_is_made_anew_with_a_recent_python_and_then
         done = run(tree, "probe.sh")
         assert (done.returncode, done.stdout) == (0, f"{tree}/.venv/bin/python\n")
         assert done.stderr.partition("\n")[0] == said
+    assert (tree / ".venv/made-by-setup.sh").exists()  # or it could not be made anew once more
 
 
 @pytest.mark.parametrize("kind", ["no pip", "a folder", "a link to a folder that was ours", "a file"])
@@ -81,12 +81,8 @@ def test_what_was_not_made_here_is_left_alone(tree, kind):
 
 def test_python_goes_before_an_active_environment_and_that_before_venv(tree):
     settings = {}
-    for name, place in (
-        ("", ".venv"),
-        ("CONDA_PREFIX", "conda"),
-        ("VIRTUAL_ENV", "active"),
-        ("PYTHON", "py"),
-    ):
+    places = {"": ".venv", "CONDA_PREFIX": "conda", "VIRTUAL_ENV": "active", "PYTHON": "py"}
+    for name, place in places.items():
         python = make_environment(tree / place)
         if name:
             settings[name] = python if name == "PYTHON" else tree / place
@@ -132,9 +128,7 @@ def test_what_could_not_be_installed_is_tried_again_and_what_is_there_needs_no_n
         assert ("Installing what is missing" in done.stderr) == (code == 1)
 
 
-@pytest.mark.parametrize(
-    "script", [path.name for path in ROOT.glob("scripts/*.sh") if path.name != "setup.sh"]
-)
+@pytest.mark.parametrize("script", sorted({path.name for path in ROOT.glob("scripts/*.sh")} - {"setup.sh"}))
 def test_help_does_nothing_else_and_no_foreign_setup_is_sourced(script, tree, tmp_path):
     (tmp_path / "foreign/scripts").mkdir(parents=True)
     (tmp_path / "foreign/scripts/setup.sh").write_text("echo foreign; exit 1")
@@ -145,35 +139,27 @@ def test_help_does_nothing_else_and_no_foreign_setup_is_sourced(script, tree, tm
         assert "set -euo" not in done.stdout
 
 
-@pytest.mark.parametrize("one_is_faster", [True, False])
-def test_the_quick_start_goes_on_with_what_is_there(tree, one_is_faster):
+@pytest.mark.parametrize("threads", ["", "3"])
+def test_the_quick_start_goes_on_with_what_is_there(tree, threads):
     """It removes nothing: main.py judges each directory, and its lock keeps out of one that is in use."""
     words = f"exec {sys.executable} " + '"$@"'
-    log = f'echo "${{OMP_NUM_THREADS:-all}} $*" >>"{tree}/calls"'
-    threads = f"exit {0 if one_is_faster else 1}"
-    cases = f"case $1 in main.py) {log};; scripts/threads.py) {threads};; scripts/*);; *) {words};; esac"
+    log = f'echo "$OMP_NUM_THREADS $*" >>"{tree}/calls"'
+    cases = f"case $1 in main.py) {log};; scripts/*);; *) {words};; esac"
     python = write_program(tree / "bin/python", cases)
     kept = tree / "logs/quickstart/SGD/log.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
-    done = run(tree, "quickstart.sh", "--epochs", "3", "--device", "cpu", PYTHON=python, OMP_NUM_THREADS="")
+    settings = {"PYTHON": python, "OMP_NUM_THREADS": threads}
+    done = run(tree, "quickstart.sh", "--epochs", "3", "--device", "cpu", **settings)
     assert done.returncode == 0, done
     assert "to train anew, remove or rename it first" in done.stderr
     assert kept.read_text() == "mine"
     calls = (tree / "calls").read_text().splitlines()
-    number = "1" if one_is_faster else "all"
     for method, call in zip(METHODS, calls, strict=True):
-        assert call.startswith(f"{number} main.py --dataset digits ")
+        assert call.startswith(f"{threads or 1} main.py --dataset digits ")
         assert f"--optim_method {method} --save logs/quickstart/{method} --resume auto " in call
         assert call.endswith("--epochs 3 --device cpu")
     assert "bin/python -m tensorboard.main --logdir" in done.stdout
-
-
-def test_one_thread_is_taken_where_it_is_faster_by_half():
-    assert threads.one_is_faster(8, {1: 1.0, 8: 1.6}.get)
-    assert not threads.one_is_faster(8, {1: 1.0, 8: 1.4}.get)
-    assert not threads.one_is_faster(1, {1: 1.0}.get)
-    assert threads.seconds_of_steps(1) > 0
 
 
 def test_the_quick_start_trains_the_three_methods_and_draws_them(tree):

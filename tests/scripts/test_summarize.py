@@ -1,5 +1,6 @@
 """Tables and figures from run directories: what may be in a cell, what is shown, drawn, and left out."""
 
+import cProfile
 import csv
 import json
 import os
@@ -64,7 +65,6 @@ def write_run(
             now = error + (10 * left / options["epochs"] if left != 1 else -0.5)
             loss = losses[epoch - 1] if losses else error / 100 + left
             record = {"epoch": epoch, "train_loss": loss, "test_acc": 100 - now}
-            record |= {"train_time": 2.0, "test_time": 1.0, "images_per_sec": 600.0 + 100 * error + left}
             log.write(f"json_stats: {json.dumps(record)}\n")
     return path
 
@@ -122,7 +122,6 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(cells, show):
     (cell,) = cells("runs")
     assert [float(cell[name]) for name in ("test_error", "min", "max")] == [4.0, 3.0, 9.0]
     assert (cell["runs"], cell["unfinished"], cell["experiment"]) == ("5", "0", "")
-    assert float(cell["images_per_sec"]) == 1002  # the median epoch's
     assert "4.00 (3.00 to 9.00, n = 5)" in show("runs")
 
 
@@ -201,14 +200,13 @@ def test_an_experiment_is_the_folders_that_name_no_data_network_method_or_seed(c
 # What is shown
 
 
-def test_options_are_named_where_they_differ_and_said_once_where_not(page):
+def test_options_are_named_where_they_differ_from_most_of_the_methods(page):
     write_run("runs/a", 4.0, bn_decay=5e-4)
     write_run("runs/b", 4.0, "SGDG")
     write_run("runs/c", 5.0, "SGDG", seed=1, dropout=0.0, config={"weights_from": "logs/a"})
     write_run("runs/d", 5.0, "SGDG", lr=0.02)
-    ((*lines,),), text = page("runs")
+    ((*lines,),), _ = page("runs")
     assert [line["Other options"] for line in lines] == ["", "dropout 0.0, weights_from logs/a", "", ""]
-    assert "bn_decay 0.0 (SGD-G), bn_decay 0.0005 (SGD), convolutions float32, dropout 0.3, dtype" in text
 
 
 def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(page):
@@ -231,7 +229,7 @@ def test_the_papers_number_stands_beside_ours_only_where_it_may(cells, page):
     named = {"data": CIFAR10, "model": "wrn-28-10"} | PAPER_RUN
     write_run("full/SGD/seed0", 4.0, **named)
     (full,) = cells("full")
-    assert (full["paper"], full["difference"]) == ("3.89", "0.11")
+    assert full["paper"] == "3.89"
     (((line),),), _ = page("full")
     assert (line["Paper"], line["Diff."]) == ("3.89", "+0.11")
     for name, other in {
@@ -242,7 +240,7 @@ def test_the_papers_number_stands_beside_ours_only_where_it_may(cells, page):
     }.items():
         write_run(f"{name}/SGD/seed0", 4.0, **named | other)
         (cell,) = cells(name)
-        assert (cell["paper"], cell["difference"]) == ("", "")
+        assert cell["paper"] == ""
 
 
 def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(cells, page):
@@ -255,12 +253,6 @@ def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(cells, 
     ]  # fmt: skip
     (cell,) = cells("runs")
     assert (cell["phases"], cell["train_loss"]) == ("2.25 0.6 0.375", "0.375")
-
-
-def test_a_plateau_is_the_fall_between_the_halves_of_a_phase(show):
-    """Medians of three epochs: 8, 2, 1.5, so from 2 to 1.5; then 0.9, 0.5, 0.4, so from 0.5 to 0.4."""
-    write_run("runs/a", 4.0, losses=[9.0, 8.0, 2.0, 1.5, 1.0, 0.9, 0.9, 0.5, 0.4, 0.3], epoch_step=[5])
-    assert "WRN-10-1, SGD at 0.1: plateaus (%): -25, -20" in show("runs", "--plateau")
 
 
 def test_the_terminal_has_80_columns(show):
@@ -334,9 +326,8 @@ def test_names_break_neither_page_nor_terminal(show, page):
 
 def test_the_published_tables_are_those_of_the_published_logs(show, monkeypatch):
     text, published = (ROOT / "docs/results.md").read_text(), ROOT / "logs/published"
-    Path("results.md").write_text(
-        re.sub(f"(?<={summarize.BEGIN}).*(?={summarize.END})", "", text, flags=re.S)
-    )
+    before, after = text.split(summarize.BEGIN)[0], text.split(summarize.END)[1]
+    Path("results.md").write_text(f"{before}{summarize.BEGIN}{summarize.END}{after}")
     show(str(published), "--markdown", "results.md")
     assert Path("results.md").read_text() == text
     monkeypatch.setattr(summarize, "draw", lambda *arguments: None)
@@ -354,28 +345,18 @@ def test_a_reader_that_leaves_early_is_no_error():
 # Runs that cannot be used, and where runs are looked for
 
 
-DEEP, NAN = "[" * 100_000, float("nan")
-ODD = [  # (file, what is there: bytes, values that replace others, or a way to make it; what is said of it)
-    ("config.json", Path.touch, "Expecting value"),
-    ("config.json", lambda path: path.symlink_to("nowhere"), "No such file"),
+ODD = [  # (file, what is there: bytes, or values that replace others; what is said of it)
+    ("config.json", b"", "Expecting value"),
     ("config.json", b"\xff\xfe", "codec can't decode"),
-    ("config.json", DEEP.encode(), "recursion"),
-    ("config.json", b"9" * 10_000, "digits"),
+    ("config.json", b"[" * 100_000, "recursion"),
     ("config.json", b"{}", "it says nothing of 'data'"),
     ("config.json", {"options": None}, "unsupported operand"),
-    ("config.json", {"options": OPTIONS | {"optim_method": "Adam"}}, "it says nothing of 'Adam'"),
-    ("config.json", {"options": OPTIONS | {"epochs": 4}}, "its epochs are not the first of 4"),
-    ("config.json", {"options": OPTIONS | {"lr": 10**400}}, "too large"),
-    ("config.json", {"options": OPTIONS | {"epoch_step": "[3]"}}, "'[' is not a number"),
-    ("config.json", {"data": DIGITS | {"train_images": -5}}, "-5 is not a number"),
-    ("log.txt", Path.mkdir, "it is not a file"),
-    ("log.txt", os.mkfifo, "it is not a file"),
+    ("config.json", {"options": OPTIONS | {"lr": float("inf")}}, "inf is not a finite number"),
     ("log.txt", b"json_stats: {}\n", "it says nothing of 'train_loss'"),
-    ("log.txt", {"train_loss": NAN}, "nan is not a number"),
-    ("log.txt", {"train_loss": "0.5"}, "'0.5' is not a number"),
-    ("log.txt", {"test_acc": 101}, "101 is not a number from 0 to 100"),
+    ("log.txt", {"train_loss": float("nan")}, "nan is not a finite number"),
+    ("log.txt", {"test_acc": float("nan")}, "nan is not a finite number"),
     ("log.txt", {"epoch": 4}, "its epochs are not the first of 5, each once"),
-    ("log.txt", {"epoch": 6}, "its epochs are not the first of 5, each once"),
+    ("config.json", {"options": OPTIONS | {"epochs": 4}}, "its epochs are not the first of 4"),
 ]
 
 
@@ -383,33 +364,17 @@ ODD = [  # (file, what is there: bytes, values that replace others, or a way to 
 def test_an_odd_run_is_named_and_ends_no_other(capsys, file, odd, reason):
     write_run("runs/good", 4.0)
     path = write_run("runs/odd", 5.0, seed=1) / file
-    *lines, last = path.read_text().splitlines(keepends=True) if file == "log.txt" else [path.read_text()]
-    path.unlink()
+    *lines, last = path.read_text().splitlines(keepends=True)
     if isinstance(odd, dict):
         values = json.dumps(json.loads(last.removeprefix("json_stats:")) | odd)
         odd = "".join([*lines, "json_stats:" if lines else "", values, "\n"]).encode()
-    path.write_bytes(odd) if isinstance(odd, bytes) else odd(path)
+    path.write_bytes(odd)
     summarize.main(["runs"])
     out, said = capsys.readouterr()
     assert re.fullmatch(r"summarize\.py: left out runs/odd/(config.json|log.txt): [^\n]+\n", said)
     assert reason in said
     assert " 4.00 " in out
     assert out.count("- runs/odd/") == 1
-
-
-def test_a_folder_that_cannot_be_looked_into_is_named(monkeypatch, capsys):
-    write_run("runs/good", 4.0)
-    write_run("runs/odd", 5.0)
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("odd"):  # as without permission, which root always has
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    summarize.main(["runs"])
-    assert "left out runs/odd: Permission denied" in capsys.readouterr().err
 
 
 def test_runs_behind_links_are_found_once(cells, tmp_path):
@@ -439,13 +404,9 @@ def test_four_times_the_settings_are_four_times_the_work():
         for index in range(settings):
             write_run(f"{settings}/{index}", 4.0, lr=0.001 * (index + 1), epochs=1)
         runs, _ = summarize.read_runs([Path(f"{settings}")])
-
-        def counted(*_, settings=settings):
-            calls[settings] += 1
-
-        sys.setprofile(counted)
-        summarize.report(summarize.make_tables(runs, []), [])
-        sys.setprofile(None)
+        profile = cProfile.Profile()
+        profile.runcall(lambda runs=runs: summarize.report(summarize.make_tables(runs, []), []))
+        calls[settings] = sum(entry.callcount for entry in profile.getstats())
     assert calls[40] < 5 * calls[10]
 
 
@@ -500,28 +461,24 @@ def labels(panel):
     return [text.get_text() for text in panel.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("x", ["epoch", "time"])
-def test_a_figure_shows_the_runs_and_their_median(panels, x):
-    """An epoch takes 2 seconds, and 1 of testing."""
+def test_a_figure_shows_the_runs_and_their_median(panels):
     for method in ("SGD", "SGDG", "AdamG"):
         for seed, more in enumerate((0, 1, 5)):
             draw_run(f"{method}{seed}", 4.0 + more, method, seed=seed)
     draw_run("unfinished", 50.0, "AdamG", seed=3, written=3)
-    end = "-time.png" if x == "time" else ".png"
-    loss, error = panels("--x", x)[f"digits-wrn-10-1{end}"]
+    loss, error = panels()["digits-wrn-10-1.png"]
     assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
+    assert loss.yaxis.get_major_formatter()(0.01, 0) == "0.01"  # not a power as a formula
     assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
-    assert loss.get_xlabel() == {"epoch": "Epoch", "time": "Minutes"}[x]
     assert labels(loss) == [*(f"{m} (median of 3)" for m in summarize.COLOURS), "learning rates drop"]
-    steps = [1, 2, 3, 4, 5] if x == "epoch" else pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
     for method in summarize.COLOURS:
         *thin, (width, horizontal, vertical) = sorted(curves(error, method), key=lambda line: line[0])
         assert [line[0] < 1 for line in thin] == [True] * (3 + (method == "Adam-G"))
         assert sorted(line[2][-1] for line in thin if len(line[2]) == 5) == pytest.approx([4, 5, 9])
-        assert (width, horizontal, vertical) == (2, steps, pytest.approx([13, 11, 9, 4.5, 5]))
+        assert (width, horizontal) == (2, [1, 2, 3, 4, 5])
+        assert vertical == pytest.approx([13, 11, 9, 4.5, 5])
         assert [line[2] for line in curves(loss, method) if line[0] == 2] == [[5, 4, 3, 2, 1]]
-    for panel in (loss, error):
-        assert sorted(drops(panel)) == pytest.approx([2, 3] if x == "epoch" else [0.1, 0.15])
+    assert drops(loss) == drops(error) == {2, 3}
 
 
 def test_cells_of_one_method_are_told_apart(panels):
@@ -533,13 +490,11 @@ def test_cells_of_one_method_are_told_apart(panels):
     assert len({line.get_alpha() for line in loss.lines if line.get_linewidth() == 2}) == 2
 
 
-@pytest.mark.parametrize("last", [8.0, 1.0])
-def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels, last):
-    """They fall by a point an epoch: the first two would press the last together. From 0, if near."""
-    draw_run("a", last, epochs=10)
-    low, high = panels()["digits-wrn-10-1.png"][1].get_ylim()
-    assert high == pytest.approx(1.1 * (last + 7))
-    assert low == (pytest.approx(0.9 * 7.5) if last == 8 else 0)
+def test_errors_are_shown_from_a_fifth_of_the_epochs_on(panels):
+    """They fall by a point an epoch: the first two would press the last together."""
+    draw_run("a", 8.0, epochs=10)
+    limits = panels()["digits-wrn-10-1.png"][1].get_ylim()
+    assert limits == pytest.approx((0.9 * 7.5, 1.1 * 15))
 
 
 def test_few_epochs_have_whole_ticks_and_a_single_one_is_a_dot(panels):
@@ -549,13 +504,11 @@ def test_few_epochs_have_whole_ticks_and_a_single_one_is_a_dot(panels):
         low, high = loss.get_xlim()
         assert all(tick == int(tick) for tick in loss.get_xticks() if low <= tick <= high)
         assert ("o" in [line.get_marker() for line in loss.lines]) == (epochs == 1)
-        assert drops(loss) == {drop for drop in (2, 3) if drop <= epochs}
+        assert drops(loss) == {drop for drop in (2, 3) if drop < epochs}
         path.rename(f"kept{epochs}")
 
 
-@pytest.mark.parametrize(
-    ("dataset", "model"), [("CIFAR10", "wrn-28-10"), ("CIFAR100", "wrn-28-10"), ("SVHN", "wrn-22-8")]
-)
+@pytest.mark.parametrize(("dataset", "model"), [("CIFAR100", "wrn-28-10"), ("SVHN", "wrn-22-8")])
 def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
     for method in ("SGD", "AdamG"):
         draw_run(method, 4.0, method, epochs=30, model=model, **of_paper(dataset))
@@ -569,8 +522,7 @@ def test_the_papers_curves_stand_behind_ours(panels, dataset, model):
         assert points == [(epoch, loss) for epoch, loss in paper[method] if epoch <= 30]
         assert line.get_zorder() < 2  # ours, as all lines of matplotlib
         assert f"{method}, the paper's" in labels(loss)
-    (over_time, _), *_ = panels("--x", "time").values()
-    assert "--" not in {line.get_linestyle() for panel in (error, over_time) for line in panel.lines}
+    assert "--" not in {line.get_linestyle() for line in error.lines}
 
 
 @pytest.mark.parametrize("other", [
@@ -598,13 +550,13 @@ def test_the_losses_of_networks_that_compare_methods_stand_side_by_side(panels):
 
 
 def test_every_figure_has_a_file_of_its_own(panels):
-    """Also where only the epochs differ, or names are long or have no letter."""
-    for index, model in enumerate(("a", "a", "A!", "long" * 100, "…")):
+    """Also where only the epochs differ, or names are long."""
+    for index, model in enumerate(("a", "a", "A!", "long" * 100)):
         draw_run(f"{index}", 4.0, model=model, epochs=5 + index)
     names = panels().keys()
-    assert len(names) == 6
-    assert all(len(name) < 200 and not name.startswith(".") for name in names)
-    with pytest.raises(SystemExit, match="one file for 5 figures"):
+    assert len(names) == 5
+    assert all(len(name) < 200 for name in names)
+    with pytest.raises(SystemExit, match="one file for 4 figures"):
         panels("--plots", "one.png")
 
 

@@ -166,18 +166,15 @@ def test_drops_at_the_protocols_fractions(tree, epochs, cifar, svhn):
         assert steps == {str(expected).replace(" ", "")}
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("MODELS", v) for v in ("vgg-12", "*", "wrn-28", "")),
-        *(("DATASETS", v) for v in ("SVHN", "../CIFAR10")),
-        *(("SEEDS", v) for v in ("", "0 -1", "01")),
-        *(("EPOCHS", v) for v in ("0", "1 2")),
-        *(("METHODS", "Adam"), ("JOBS", "0"), ("", "--prin")),
-        *(("--", flag) for flag in ("--model", "--depth", "--width", "--dataset", "--optim_method")),
-        *(("--", flag) for flag in ("--seed", "--epochs", "--epoch_step", "--save", "--resume", "--seed=3")),
-    ],
-)  # fmt: skip
+MISTAKES = {
+    "MODELS": ["vgg-12", "*", "wrn-28", ""], "DATASETS": ["SVHN", "../CIFAR10"], "METHODS": ["Adam"],
+    "SEEDS": ["", "0 -1", "01"], "EPOCHS": ["0", "1 2"], "JOBS": ["0"], "": ["--prin"],
+    "--": ["--model", "--depth", "--width", "--dataset", "--optim_method", "--seed", "--epochs", "--save",
+           "--epoch_step", "--resume", "--seed=3"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in MISTAKES.items() for v in values])
 def test_a_mistake_is_one_sentence_and_starts_nothing(tmp_path, monkeypatch, capfd, name, value):
     monkeypatch.chdir(tmp_path)
     if name in SETTINGS:
@@ -269,18 +266,13 @@ def test_a_narrowed_table_is_printed_as_commands_for_any_place(tree):
     assert [(c.save, c.last) for c in calls(tree)] == [(places[0], "it's/a&b")]
 
 
-@pytest.mark.parametrize(
-    ("visible", "gpus"),
-    [
-        *(("4,6", ["4", "6"]), ("3,-1,5", ["3"]), ("GPU-5f,MIG-2", ["GPU-5f", "MIG-2"])),
-        *((None, ["0", "1"]), ("-1", []), ("", []), ("NoDevFiles", [])),  # the last is Slurm's
-    ],
-)
+@pytest.mark.parametrize(("visible", "gpus"), [
+    ("4,6", ["4", "6"]), ("3,-1,5", ["3"]), ("GPU-5f,MIG-2", ["GPU-5f", "MIG-2"]), (None, ["0", "1"]),
+    ("", []), ("NoDevFiles", []),  # the last is Slurm's
+])  # fmt: skip
 def test_the_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch, visible, gpus):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\necho 'GPU 0: one (UUID: x)'\necho '  MIG 1g: y'\necho 'GPU 1: two (UUID: z)'\n"
-    )
+    tool.write_text("#!/bin/sh\nprintf 'GPU 0: one (UUID: x)\\n  MIG 1g: y\\nGPU 1: two (UUID: z)\\n'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     if visible is None:
