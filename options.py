@@ -20,7 +20,7 @@ import torch
 
 import distributed
 from checkpoint import load_checkpoint, reading
-from utils import CHECKPOINT, UsageError, UserError, printable
+from utils import CHECKPOINT, UsageError, UserError, counted, printable
 from vgg import CONVOLUTIONS
 
 # The paper's hyperparameters. VGG's are inferred: the authors published one command for it, without dropout.
@@ -357,8 +357,8 @@ def nothing_to_do(options: Options, state: dict | None) -> str | None:
     """Says so of a run that is finished; UsageError where its checkpoint has more epochs than --epochs."""
     done = state["epoch"] if state else 0
     if done > options.epochs:
-        raise UsageError(f"--epochs {options.epochs}: the checkpoint has {done} finished epochs already")
-    return f"nothing to do: the run has its {options.epochs} epochs" if done == options.epochs else None
+        raise UsageError(f"--epochs {options.epochs}: the checkpoint has finished {counted(done, 'epoch')} already")
+    return f"nothing to do: the run has its {counted(done, 'epoch')}" if done == options.epochs else None
 
 
 def check_options(options: Options, resumed: bool) -> None:

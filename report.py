@@ -26,7 +26,7 @@ from tqdm import tqdm
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
 from options import Options, model_name
-from utils import CONFIG, LOG, environment, git_commit, printable, write_json, write_whole
+from utils import CONFIG, LOG, counted, environment, git_commit, printable, write_json, write_whole
 
 if TYPE_CHECKING:
     from main import Training
@@ -103,13 +103,15 @@ def print_stopped(t: "Training", reason: str, steps: int) -> None:
     size = distributed.world_size()
     way = f"{shlex.quote(sys.executable)} main.py --resume {shlex.quote(str(t.options.save))}"
     way += f", with {size} processes" if size > 1 else ""
-    where = f"after {t.epoch} epochs and {t.batch} of {steps} steps"
+    where = f"after {counted(t.epoch, 'epoch')} and {t.batch} of {counted(steps, 'step')}"
     print(printable(f"stopped by {reason} {where}; to continue: {way}"))
 
 
 def print_finished(t: "Training") -> None:
     """The last test error, and where the logs are."""
-    print(f"finished {t.epoch} epochs: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" ")
+    print(
+        f"finished {counted(t.epoch, 'epoch')}: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" "
+    )
     print(f"logs are in {printable(str(t.options.save))}")
 
 
@@ -121,8 +123,8 @@ def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
     """
     wrong, classes = logits.argmax(1) != labels, t.data.classes
     kind = "held-out training" if t.options.holdout else "test"
-    steps = f" and {t.batch} steps" if t.batch else ""
-    trained = f"{model_name(t.options)} after {t.epoch} epochs{steps}"
+    steps = f" and {counted(t.batch, 'step')}" if t.batch else ""
+    trained = f"{model_name(t.options)} after {counted(t.epoch, 'epoch')}{steps}"
     print(printable(f"{trained}, on {len(labels):,} {kind} images of {t.data.name}:"))
     line = f"loss {cross_entropy(logits, labels):.4f}, top-1 error {100 * wrong.double().mean():.2f}%"
     if len(classes) > 5:

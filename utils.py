@@ -93,6 +93,11 @@ def say(sentence: str, code: int) -> int:
     return code
 
 
+def counted(number: int, word: str) -> str:
+    """As 1 epoch, 2 epochs."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
 def printable(words: str) -> str:
     """The words on one line of UTF-8: what a terminal cannot show, or would obey, is written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)

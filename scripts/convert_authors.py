@@ -53,7 +53,7 @@ def load_authors(t: Training, path: Path) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         print(f"note: the optimizer's state is not taken over ({reason}): momentum starts at 0")
-    t.weights_from = f"the authors' script after {t.epoch} epochs"
+    t.weights_from = f"the authors' script after {utils.counted(t.epoch, 'epoch')}"
 
 
 def optimizer_state(t: Training, theirs: dict, order: list[str]) -> dict:

@@ -76,7 +76,7 @@ def test_their_run_goes_on_as_the_same_run_here(theirs, images_root, tmp_path, m
     outcome = convert(monkeypatch, path, save, *flags(method, images_root))
     assert (outcome.code, outcome.err) == (0, "")
     assert "the optimizer's state is taken over\n" in outcome.out
-    assert f"the authors' script after 1 epochs: go on with python main.py --resume {save}\n" in outcome.out
+    assert f"the authors' script after 1 epoch: go on with python main.py --resume {save}\n" in outcome.out
     evaluated = [call("--eval", "--resume", run).out for run in (save, ours)]
     assert evaluated[0] == evaluated[1]
     for run in (save, ours):
@@ -85,7 +85,7 @@ def test_their_run_goes_on_as_the_same_run_here(theirs, images_root, tmp_path, m
     weights = {name: value for name, value in load(ours)["model"].items() if "num_b" not in name}
     torch.testing.assert_close({name: load(save)["model"][name] for name in weights}, weights)
     origin = json.loads((save / "config.json").read_text())["weights_from"]
-    assert origin == load(save)["weights_from"] == "the authors' script after 1 epochs"
+    assert origin == load(save)["weights_from"] == "the authors' script after 1 epoch"
     assert contents(path.parent) == before
 
 

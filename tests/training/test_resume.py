@@ -92,11 +92,11 @@ class TestStop:
     ):
         save = tmp_path / "run"
         outcome = stopped_run(tiny, monkeypatch, method, save, check)
-        assert f"after {epochs} epochs and {steps} of {STEPS} steps" in outcome.out
+        assert f"after {utils.counted(epochs, 'epoch')} and {steps} of {STEPS} steps" in outcome.out
         state = load(save)
         assert (state["epoch"], state["batch"]) == (epochs, steps)
         assert len(log_lines(save)) == epochs
-        where = f"after {epochs} epochs and {steps} steps," if steps else f"after {epochs} epochs,"
+        where = utils.counted(epochs, "epoch") + (f" and {utils.counted(steps, 'step')}" if steps else "")
         assert where in resume(save, "--eval").out
         resume(save)
         assert_same_run(save, finished[method][0])
@@ -119,7 +119,7 @@ class TestStop:
         outcome = call(*tiny("SGDG", save, "--max_minutes", "1e-9"))
         for steps in range(1, 2 * STEPS):
             assert (outcome.code, outcome.err) == (0, "")
-            where = f"after {steps // STEPS} epochs and {steps % STEPS} of {STEPS} steps"
+            where = f"after {utils.counted(steps // STEPS, 'epoch')} and {steps % STEPS} of {STEPS} steps"
             assert outcome.out.splitlines()[-1].startswith(f"stopped by --max_minutes {where}")
             outcome = self.continue_as_told(outcome, "--max_minutes", "1e-9")
         assert "finished 2 epochs" in outcome.out
