@@ -33,8 +33,9 @@ def rank() -> int:
     """This process's number, from 0. Before the processes have joined it is what the launcher said."""
     if dist.is_initialized():
         return dist.get_rank()
-    said = os.environ["RANK"] if launched() else "0"
-    return int(said) if said.isdigit() else 0
+    said, size = (os.environ[name] if launched() else "" for name in ("RANK", "WORLD_SIZE"))
+    makes_sense = said.isdigit() and size.isdigit() and int(said) < int(size)
+    return int(said) if makes_sense else 0  # what makes none, `joined` says
 
 
 def world_size() -> int:
@@ -101,6 +102,8 @@ def joined() -> Iterator[None]:
     words = ", ".join(f"{name}={value!r}" for name, value in said.items())
     print(f"processes: waiting for each other, with {words}", flush=True)
     try:
+        if int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+            raise ValueError("RANK is not below WORLD_SIZE")
         if local_rank() < torch.cuda.device_count():  # else the run is on CPUs, or `check_options` refuses it
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -125,9 +125,10 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         if not path.is_file():  # to open a FIFO is to wait for its writer
             raise OSError("it is no regular file")
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        encoded = np.fromfile(path, np.uint8)
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
         if image is None:
-            raise OSError(f"OpenCV {cv2.__version__} cannot decode it")
+            raise OSError(f"OpenCV {cv2.__version__} cannot decode its {len(encoded)} bytes")
         height, width = image.shape[:2]
         if (height, width) != (SIZE, SIZE):
             shrinking = height >= SIZE and width >= SIZE

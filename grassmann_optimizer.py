@@ -466,7 +466,7 @@ def grassmann_weights(
             raise ValueError(f"no gradient reaches {', '.join(idle)}: freeze it, or measure after a step")
         chosen = [m.name for m in measured if m.invariant]
     elif isinstance(select, str) or loss_fn is not None:
-        raise ValueError(f"select must be 'shape', names, or 'measured' with a loss_fn, and is {select!r}")
+        raise ValueError(f"select: 'shape', names, 'measured' with loss_fn(model); not {select!r}, {loss_fn}")
     else:
         chosen = list(select)
         if unknown := sorted(set(chosen) - trainable.keys()):

@@ -313,6 +313,9 @@ def choose_options(given: dict, save: Path, source: Path | None) -> tuple[Option
         chosen = continue_with(given, state["options"], source) if state else fill_in(given)
         options = Options(**{**chosen, "save": save})
         check_options(options, resumed=source is not None)
+    if options.epoch_step and options.epoch_step[0] >= options.epochs and not (options.eval or options.summary):
+        print(f"note: no drop of the learning rates within {options.epochs} epochs (--epoch_step)", flush=True)
+    # `without_unused` has put None.
     unused = [f"--{name}" for name in given if given[name] is not None and getattr(options, name) is None]
     if unused:
         verb = "has" if len(unused) == 1 else "have"

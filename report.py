@@ -100,9 +100,10 @@ def print_epoch(options: Options, stats: dict) -> None:
 
 def print_stopped(t: "Training", reason: str, steps: int) -> None:
     """Why, where, and how to go on; steps: of an epoch."""
-    size = distributed.world_size()
+    size, here = distributed.world_size(), distributed.local_world_size()
     way = f"{shlex.quote(sys.executable)} main.py --resume {shlex.quote(str(t.options.save))}"
-    way += f", with {size} processes" if size > 1 else ""
+    if size > 1:
+        way += f" --ngpu {size}" if here == size else f", with {size} processes"
     where = f"after {counted(t.epoch, 'epoch')} and {t.batch} of {counted(steps, 'step')}"
     print(printable(f"stopped by {reason} {where}; to continue: {way}"))
 

@@ -167,13 +167,14 @@ def why_not_there(save: Path, continues: bool) -> str | None:
 
 @contextmanager
 def locked(save: Path, continues: bool) -> Iterator[None]:
-    """Make a run's directory and hold it against a second writer; an empty one is removed again. Rank 0 acts.
+    """Make a run's directory and hold it against a second writer; it is as before if nothing is written.
 
     Raises:
         UserError: it cannot be written, or a living process writes to it.
         UsageError: another run is in it, or a file of another program (`why_not_there`).
     """
     missing = [folder for folder in (save, *save.parents) if not folder.exists()]
+    was_locked_before = (save / LOCK).exists()
     locks: list[BinaryIO] = []
     distributed.on_rank0(lambda: locks.append(lock_directory(save, continues)))
     try:
@@ -181,7 +182,7 @@ def locked(save: Path, continues: bool) -> Iterator[None]:
     finally:
         for lock in locks:
             with suppress(OSError):  # somebody has removed it, or another run has come
-                if os.listdir(save) == [LOCK]:
+                if not (was_locked_before or (save / CONFIG).exists()):  # nothing was written
                     (save / LOCK).unlink()
                     for folder in missing:
                         folder.rmdir()

@@ -58,3 +58,4 @@ for name, losses in (("SGD", sgd), ("SGD-G", sgdg)):
 plt.gca().set(xlabel="step", ylabel="training loss")
 plt.legend()
 plt.savefig(args.plot)
+print(f"the two curves are in {args.plot}")

@@ -35,4 +35,4 @@ train AdamG --lr 0.1 --lrg 0.1 "$@"
 echo
 "$python" scripts/summarize.py $out --plots $out/curves.png
 printf '\nTo look at the runs in the browser:\n    %q -m tensorboard.main --logdir %q\n' "$python" "$PWD/$out"
-printf '\nTo train something else:\n    %q main.py --dataset digits --depth 16 --width 2 --dropout 0\n' "$python"
+printf '\nTo train something else:\n    %q main.py --dataset digits --depth 16 --width 2 --dropout 0 --epochs 15\n' "$python"

@@ -25,6 +25,8 @@ is_recent() { # 3.11 or later
 }
 
 is_usable() { # whether $python is, by pip or by uv (whose environments have no pip); else $missing says why not
+    missing="was not found"
+    command -v "$python" >/dev/null || return
     missing="is not Python 3.11 or later"
     is_recent "$python" || return
     pip=("$python" -m pip install --quiet --disable-pip-version-check) missing="has no pip, and uv was not found"
@@ -37,7 +39,7 @@ is_usable() { # whether $python is, by pip or by uv (whose environments have no 
 make_venv() {
     local base="" candidate options=() mark=.venv/made-by-setup.sh
     if [ -L .venv ] || { [ -e .venv ] && [ ! -e $mark ]; }; then
-        fail ".venv $missing; it was not made here and is left alone:" \
+        fail ".venv cannot be used, as its Python $missing; it was not made here and is left alone:" \
             "remove or rename it, or activate another environment, and run this command again."
     fi
     for candidate in python3 python3.{14..11}; do # an old python3 often has a newer one beside it
@@ -74,7 +76,7 @@ install_requirements() { # FILE...: in a second and without the network where no
     local file files=()
     for file in "$@"; do files+=(-r "$file"); done
     if "${pip[@]}" --no-index "${files[@]}" >/dev/null 2>&1; then return; fi
-    echo "Installing what is missing of $* ..." >&2
+    echo "Installing what is missing of $* (torch with CUDA is 3 GB: some minutes) ..." >&2
     "${pip[@]}" "${files[@]}" >&2 ||
-        fail "Installing $* failed: see the message above, check the network, and run this command again."
+        fail "Installing $* failed or was stopped: see the message above, and run this command again."
 }

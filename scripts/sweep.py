@@ -115,7 +115,8 @@ class Runs:
         finally:
             self.free.put(slot)
         state = "failed  " if failure else "finished" if finished(directory, self.epochs) else "stopped "
-        say(f"{time.strftime('%T')} {state} {directory}")
+        reason = failure and f": {failure.rpartition(': ')[2]}"
+        say(f"{time.strftime('%T')} {state} {directory}{reason}")
         return failure
 
     def start(self, directory: Path, output: Path, slot: dict[str, str]) -> subprocess.Popen:

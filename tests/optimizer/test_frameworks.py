@@ -199,7 +199,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
     first, second = in_processes("train_half", tmp_path)
     for (heading, Optimizer, omega), (ours, state), (others, _) in zip(CASES, first, second, strict=True):
         model = Net()
-        optimizer = Optimizer(grassmann_param_groups(model, 0.01, 0.2, omega=omega))
+        optimizer = Optimizer(grassmann_param_groups(model, 0.1, 0.4, omega=omega))
         fit(model, optimizer, *images())
         for p, a, b in zip(model.parameters(), ours, others, strict=True):
             assert torch.equal(a, b), heading

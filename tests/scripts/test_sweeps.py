@@ -237,6 +237,7 @@ def test_a_failure_is_reported_while_the_others_go_on_and_tried_again(tree):
         "main.py: error: the disk \N{REPLACEMENT CHARACTER} is full",
         f"failed with exit code 137: {vanished}: [Errno 2] No such file or directory: '{vanished}'",
     ]
+    assert re.search(r"failed   logs/table1/CIFAR10/vgg-11/SGDG/seed0: the disk . is full", done.stdout)
     assert "4 of 8 runs are finished, 4 failed" in done.stdout
     assert len(calls(tree)) == 6
 

@@ -285,6 +285,11 @@ class TestBadInput:
         out = call("--summary", "--model", "vgg11", "--depth", 28, "--width", 10, "--lrg", 0.2).out
         assert out.startswith("note: --depth, --width, --lrg have no effect on vgg-11 with SGD\n")
 
+    @pytest.mark.parametrize(("epochs", "notes"), [(60, 1), (61, 0)])
+    def test_rates_that_will_not_drop_are_said(self, capsys, epochs, notes):
+        options.parse_options(["--epochs", str(epochs)])
+        assert capsys.readouterr().out.count(f"note: no drop of the learning rates within {epochs}") == notes
+
 
 OTHER_VALUES = {
     "model": "vgg11", "depth": 16, "width": 2, "dropout": 0.5, "dataset": "digits", "dataset_name": "other",

@@ -153,7 +153,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(
         if outcomes[0].code == 0:
             break
         assert_fine(outcomes, 143)
-        assert f"with {size} processes" in outcomes[0].out
+        assert f"--ngpu {size}" in outcomes[0].out
         assert_fine(ranks(size, "--resume", save, *(zero if check % 2 else [])))
         assert_same_run(save, whole)
         checks += 1
@@ -386,11 +386,19 @@ def test_help_is_printed_once_wherever_the_others_are(ranks):
     assert "--optim_method" in outcomes[0].out
 
 
+def test_an_error_of_the_disk_is_said_where_it_happened(tiny, ranks, tmp_path, monkeypatch):
+    def full(t):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(main.report, "write_config", full)
+    assert_one_voice(ranks(2, *tiny("SGD", tmp_path / "run", *BATCH)), 1, "No space left")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("RANK", ""), ("RANK", "first"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "two"), ("MASTER_ADDR", None),
-        ("MASTER_PORT", ""), ("TORCHELASTIC_USE_AGENT_STORE", None),
+        ("RANK", ""), ("RANK", "first"), ("RANK", "2"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "two"),
+        ("MASTER_ADDR", None), ("MASTER_PORT", ""), ("TORCHELASTIC_USE_AGENT_STORE", None),
     ],
 )  # fmt: skip
 def test_processes_that_cannot_meet_name_what_the_environment_said(name, value, ranks):

@@ -114,6 +114,12 @@ def test_a_run_that_wrote_nothing_leaves_no_directory_that_it_made(tmp_path, the
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == there
 
 
+def test_a_file_that_is_no_checkpoint_gets_no_lock_beside_it(tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    assert_one_sentence(call("--resume", tmp_path / "notes.md"), 1, r"notes\.md")
+    assert contents(tmp_path) == {"notes.md": b"mine"}
+
+
 class TestLock:
     def test_a_second_writer_is_refused_while_the_first_lives(self, finished, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
