@@ -169,7 +169,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        self.writer.flush()\n        print_epoch", "        print_epoch", "run reach_the_disk"),
         ("            os.fsync(file.fileno())\n        scalars", "        scalars", "run reach_the_disk"),
         ('lines = "".join(map(_log_line, history))', 'lines = ""', "resume more_epochs"),
-        ("        **t.learning_rates(),  # this epoch's", "        # this epoch's", "paper learning_rates"),
+        ("        **t.learning_rates(),  # this epoch's", "        # this epoch's", "run every_key"),
         ("error {100 - stats['train_acc']:5.2f}%", "error {stats['train_acc']:5.2f}%", "run terminal_says"),
         ('print(textwrap.fill(printable(f"options: {words}"),', 'print(textwrap.fill((f"options: {words}"),', "flags control"),
         ('print(printable(f"{trained}, on', 'print((f"{trained}, on', "flags control"),

@@ -247,7 +247,7 @@ def test_lightning(Optimizer, tmp_path):
     lightning, model = lightning_module(Optimizer)
     lightning_trainer(lightning, tmp_path, 4, **more).fit(model, loader)
     plain = Net()
-    optimizer = Optimizer(grassmann_param_groups(plain, 0.01, 0.2))
+    optimizer = Optimizer(grassmann_param_groups(plain, 0.1, 0.4))
     for _ in range(4):
         for i, (x, labels) in enumerate(loader):
             (cross_entropy(plain(x), labels) / 2).backward()
@@ -279,7 +279,7 @@ def test_lightning_on_two_processes(Optimizer, tmp_path):
     pytest.importorskip("lightning")
     (found,) = in_processes("fit_by_lightning_on_two", tmp_path, Optimizer.__name__, count=1)
     plain = Net()
-    fit(plain, Optimizer(grassmann_param_groups(plain, 0.01, 0.2)), *images())
+    fit(plain, Optimizer(grassmann_param_groups(plain, 0.1, 0.4)), *images())
     for p, q in zip(found, plain.parameters(), strict=True):
         assert_close(p, q.detach(), rtol=0, atol=1e-6)
 

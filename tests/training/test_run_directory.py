@@ -186,8 +186,10 @@ class TestWriting:
         assert done == ["file", "rename", "folder"]
         log = report.RunLog(options.parse_options(["--save", str(tmp_path)])[0], [])
         done.clear()
+        flush = log.writer.flush
+        monkeypatch.setattr(log.writer, "flush", lambda: done.append("flush") or flush())
         log.add(log_lines(finished["SGDG"][0])[0] | {"images_per_sec": 1.0}, {})
-        assert done == ["file"]
+        assert done == ["file", "flush"]
         assert [step for step, _ in scalars(tmp_path)["loss/test"]] == [1]
         log.close()
 
@@ -282,6 +284,9 @@ def test_log_has_one_line_per_epoch_with_every_key_and_the_terminal_says_the_sam
         assert stats["images_per_sec"] == pytest.approx(48 / stats["train_time"])
         assert (stats["epoch"], stats["n_parameters"], stats["num_classes"]) == (k, 77_395, 3)
         assert {**chosen, "lr": stats["lr"], "lrg": stats["lrg"]}.items() <= stats.items()
+        for name in ("lr", "lrg"):  # this epoch's: they drop after the first
+            first = chosen[name]
+            assert stats[name] == (first and pytest.approx(first * 0.2 ** (k - 1)))
         expected = stats["train_loss"], errors["train"], stats["test_loss"], errors["test"]
         assert tuple(map(float, numbers)) == pytest.approx(expected, abs=0.0051)
 
