@@ -249,6 +249,20 @@ def test_the_table_of_each_methods_own_rates():
         assert said == [f"{loss / of_sgd:.2f}", f"{error_of_sgd - error:.1f}"]
 
 
+def test_the_table_of_the_geometry():
+    """The first rows are SGD-G's whole schedules, the others results of benchmarks/peers.py."""
+    rows = {name: cells for name, *cells in table(RESULTS, "VGG-11, the geometry")}
+    for seed in (0, 1):
+        (run,) = runs("whole-schedule", "VGG-11", "SGDG", f"seed{seed}")
+        assert rows.pop(f"SGD-G, seed {seed}") == [*run.row(*ENDS), ""]
+    for file in (PUBLISHED / "peers/vgg-11").glob("oblique-*.json"):
+        found = json.loads(file.read_text())
+        ends = [f"{median(found['epochs']['train_loss'][end - 3 : end]):#.3g}" for end in ENDS]
+        errors = [f"{error:.2f}" for error in (found["epochs"]["test_error"][-1], found["test"]["error"])]
+        assert rows.pop(f"both replaced, seed {found['options']['seed']}") == [*ends, *errors]
+    assert not rows
+
+
 def test_the_table_of_the_last_layers():
     """As benchmarks/last_layer.py wrote it, each in the column of its method."""
     written = {method: [] for method in METHODS}
