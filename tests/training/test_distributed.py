@@ -386,6 +386,14 @@ def test_help_is_printed_once_wherever_the_others_are(ranks):
     assert "--optim_method" in outcomes[0].out
 
 
+def test_a_rank_beyond_the_number_of_processes_waits_for_nobody(monkeypatch):
+    place = {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: pytest.fail("it waits"))
+    assert_one_sentence(call("--summary"), 1, "RANK is not below WORLD_SIZE", "RANK='5'")
+
+
 def test_an_error_of_the_disk_is_said_where_it_happened(tiny, ranks, tmp_path, monkeypatch):
     def full(t):
         raise OSError(28, "No space left on device")
@@ -397,7 +405,7 @@ def test_an_error_of_the_disk_is_said_where_it_happened(tiny, ranks, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("RANK", ""), ("RANK", "first"), ("RANK", "2"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "two"),
+        ("RANK", ""), ("RANK", "first"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "two"),
         ("MASTER_ADDR", None), ("MASTER_PORT", ""), ("TORCHELASTIC_USE_AGENT_STORE", None),
     ],
 )  # fmt: skip

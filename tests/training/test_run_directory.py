@@ -114,6 +114,10 @@ def test_a_run_that_wrote_nothing_leaves_no_directory_that_it_made(tmp_path, the
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == there
 
 
+def test_one_epoch_is_not_called_epochs():
+    assert [utils.counted(number, "epoch") for number in range(3)] == ["0 epochs", "1 epoch", "2 epochs"]
+
+
 def test_a_file_that_is_no_checkpoint_gets_no_lock_beside_it(tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     assert_one_sentence(call("--resume", tmp_path / "notes.md"), 1, r"notes\.md")
