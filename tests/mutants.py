@@ -314,7 +314,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
     "distributed.py": [
         ("redirect_stdout(nowhere):", "open(os.devnull):", "ranks above_0 or printed_once"),
         ("    logging.disable(logging.WARNING)", "    pass", "ranks above_0"),
-        ("    logging.disable(logging.NOTSET)\n", "", "ranks above_0"),
+        ("    logging.disable(logging.NOTSET)\n", "        pass\n", "ranks above_0"),
         ("return [mine]\n    gathered", "return [mine]\n    return [mine] * world_size()\n    gathered", "ranks whole_batch[SGDG]"),
         ("for error in filter(None, errors):", "for error in ():", "ranks raised_on_all"),
         ('if int(said["RANK"]) >= int(said["WORLD_SIZE"]):', "if False:", "ranks beyond_the_number"),
