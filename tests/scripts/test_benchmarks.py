@@ -237,6 +237,6 @@ def test_the_example_draws_both_curves(monkeypatch, tmp_path, capsys):
     result = runpy.run_path(str(ROOT / "examples/resnet18.py"))
     sgd, sgdg = result["sgd"], result["sgdg"]
     said = f"SGD: last losses {mean(sgd):.4f} on average\nSGD-G: last losses {mean(sgdg):.4f} on average\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out.startswith(said)
     assert sgd[0] == pytest.approx(sgdg[0], rel=1e-3)  # unit rows in front of BN change nothing
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
