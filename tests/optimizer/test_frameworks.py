@@ -314,7 +314,7 @@ def test_transformers(Optimizer, tmp_path):
 
     model, optimizer = train(tmp_path / "whole")
     assert_on_grassmann(model)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * 0.9**6)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * 0.9**6)
     resumed, _ = train(tmp_path / "part", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(model, resumed)
 
@@ -363,7 +363,7 @@ def test_timm(Optimizer):
     for epoch in range(6):
         made["schedule"].step(epoch)
         rates = [group["lr"] for group in optimizer.param_groups]
-        assert rates == pytest.approx([20 * rates[1], rates[1], rates[1]])
+        assert rates == pytest.approx([4 * rates[1], rates[1], rates[1]])
         fit(model, optimizer, *images(), steps=1)
         made["average"].update(model)
     assert_on_grassmann(model)
