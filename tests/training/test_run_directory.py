@@ -124,7 +124,25 @@ def test_a_file_that_is_no_checkpoint_gets_no_lock_beside_it(tmp_path):
     assert contents(tmp_path) == {"notes.md": b"mine"}
 
 
+def test_what_an_older_or_newer_version_said_of_the_machine_is_no_obstacle(capsys):
+    utils.note_environment({"cores": 7}, torch.device("cpu"))
+    assert "cores 7 then, None now" in capsys.readouterr().out
+
+
 class TestLock:
+    def test_a_run_that_began_and_ended_meanwhile_is_not_started_over(self, finished, tmp_path):
+        """auto looks for a checkpoint before it has the lock."""
+        save, source, goes_on_there = options.find_places({"resume": "auto", "save": str(tmp_path / "run")})
+        assert (source, goes_on_there) == (None, False)
+        shutil.copytree(finished["SGD"][0], save)
+        with pytest.raises(utils.UsageError, match="already holds a run"), utils.locked(save, goes_on_there):
+            pass
+
+    def test_a_lock_that_its_holder_has_just_removed_is_none(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(utils.fcntl, "flock", lambda *_: (tmp_path / "lock").unlink())
+        with pytest.raises(utils.UserError, match="try again"):
+            utils.lock_directory(tmp_path, False)
+
     def test_a_second_writer_is_refused_while_the_first_lives(self, finished, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
         hold = "file = utils.lock_directory(pathlib.Path(sys.argv[1]), True); print(1, flush=True)"
