@@ -90,10 +90,10 @@ def stop_at(monkeypatch, check: int, rank: int = 0) -> None:
     monkeypatch.setattr(main, "StopRequest", Stop)
 
 
-def make_images(root: Path) -> Path:
-    """A `folder` data set: 48 noisy images to train, 18 to test, of 3 classes with a tinge of their own."""
+def make_images(root: Path, train: int = 16, test: int = 6) -> Path:
+    """A `folder` data set of so many noisy images of each of 3 classes, which have a tinge of their own."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", 16), ("test", 6)):
+    for part, count in (("train", train), ("test", test)):
         for label in range(3):
             directory = root / part / f"class{label}"
             directory.mkdir(parents=True)
