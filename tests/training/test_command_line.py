@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,9 @@ from helpers import METHODS, assert_one_sentence, call, contents, load, log_line
 
 import main
 import options
-import utils
 from resnet import WideResNet
 
-PROGRAM = Path(main.__file__)
-COMMANDS = {  # the authors'
-    "SGD": "--save ./logs/resnet_$RANDOM --depth 28 --width 10",
-    "SGDG": "--save ./logs/resnet_$RANDOM --depth 28 --width 10 --optim_method SGDG --lr 0.01 --lrg 0.2",
-    "AdamG": "--save ./logs/resnet_$RANDOM --depth 28 --width 10 --optim_method AdamG --lr 0.01 --lrg 0.05",
-}
+PROGRAM = [sys.executable, main.__file__]
 
 
 def parse(*argv) -> dict:
@@ -33,28 +28,28 @@ def parse(*argv) -> dict:
     return vars(options.parse_options([str(word) for word in argv])[0])
 
 
+@pytest.fixture
+def other(images_root, tmp_path):
+    """Images with another training part."""
+    root = shutil.copytree(images_root, tmp_path / "images")
+    shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
+    return root
+
+
 class TestOptions:
     @pytest.mark.parametrize("dataset", ["CIFAR10", "CIFAR100"])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_the_six_commands_are_the_papers_runs(self, method, dataset):
+    @pytest.mark.parametrize("method", ["SGD", "SGDG --lr 0.01 --lrg 0.2", "AdamG --lr 0.01 --lrg 0.05"])
+    def test_the_authors_six_commands_are_the_papers_runs(self, method, dataset):
         """Whose rates and schedule test_paper.py has."""
-        words = shlex.split(COMMANDS[method].replace("$RANDOM", "12345"))
-        given = parse(*words, *([] if dataset == "CIFAR10" else ["--dataset", dataset]))
-        bare = parse("--optim_method", method, "--dataset", dataset)
-        assert given == {**bare, "save": Path("logs/resnet_12345")}
-        assert (given["model"], given["depth"], given["width"], given["batch_size"]) == (
-            "resnet",
-            28,
-            10,
-            128,
-        )
+        words = f"--save ./logs/resnet_1 --depth 28 --width 10 --dataset {dataset} --optim_method {method}"
+        paper = parse("--dataset", dataset, "--optim_method", method.split()[0])
+        assert parse(*words.split()) == {**paper, "model": "resnet", "save": Path("logs/resnet_1")}
 
     @pytest.mark.parametrize(("flag", "text", "value"), [
         ("lr", "0.5", 0.5), ("lrg", "0.25", 0.25), ("dropout", "0", 0), ("epochs", "7", 7), ("omega", "0", 0),
-        ("lr_decay_ratio", "0.5", 0.5), ("momentum", "0", 0), ("batchSize", "7", 7), ("weightDecay", "2", 2),
-        ("bnDecay", "2", 2), ("grad_clip", "0", None), ("grad_clip", "0.0", None),
-        ("grad_clip", "none", None), ("grad_clip", "None", None), ("epoch_step", "[]", []),
-        ("epoch_step", "[3, 6 ,8]", [3, 6, 8]), ("dataset_name", "\x1b[31m", "\\x1b[31m"),
+        ("batchSize", "7", 7), ("weightDecay", "2", 2), ("bnDecay", "2", 2), ("grad_clip", "0.0", None),
+        ("grad_clip", "None", None), ("epoch_step", "[]", []), ("epoch_step", "[3, 6 ,8]", [3, 6, 8]),
+        ("dataset_name", "\x1b[31m", "\\x1b[31m"), ("dataroot", "~/x", os.path.expanduser("~/x")),
     ])  # fmt: skip
     def test_what_is_given_wins_also_by_a_snake_case_name(self, flag, text, value):
         name = re.sub("[A-Z]", lambda match: "_" + match[0].lower(), flag)
@@ -66,65 +61,48 @@ class TestOptions:
         argv = ["--dataset", "folder", "--optim_method", "SGDG", "--seed", "3", "--dataset_name"]
         for name, folder in (("my images", "my-images"), ("CIFAR-10 (JPEG)", "CIFAR-10-JPEG")):
             assert parse(*argv, name)["save"] == Path(f"logs/{folder}/wrn-28-10/SGDG/seed3")
-        assert parse("--depth", 10, "--width", 1)["save"] == Path("logs/CIFAR10/wrn-10-1/SGD/seed0")
         assert parse("--model", "vgg19", "--dataset", "SVHN")["save"] == Path("logs/SVHN/vgg-19/SGD/seed0")
 
     def test_options_of_one_run_are_not_those_of_the_next(self):
         parse()["epoch_step"].append(999)
         assert parse()["epoch_step"] == [60, 120, 160]
 
-    @pytest.mark.parametrize("there_is_one", [True, False])
-    def test_auto_takes_a_gpu_where_there_is_one(self, there_is_one, monkeypatch):
+    @pytest.mark.parametrize(("there_is_one", "device"), [(True, "cuda"), (False, "cpu")])
+    def test_auto_takes_a_gpu_where_there_is_one(self, there_is_one, device, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
-        assert options.choose_device("auto").type == ("cuda" if there_is_one else "cpu")
+        assert options.choose_device("auto").type == device
         assert options.choose_device("cpu").type == "cpu"
-
-    def test_the_home_directory_is_known_without_a_shell(self, tiny, finished, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        shutil.copytree(finished["SGD"][0], tmp_path / "run")
-        assert call("--resume=~/run", "--eval").code == 0
-        assert "nothing to do" in call(*tiny("SGD", "~/run", "--resume", "auto")).out
-
-
-def test_help_states_each_default_in_80_columns(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as end:
-        main.main(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    entries = {
-        m[1]: " ".join(m[0].split()) for m in re.finditer(r"^  --(\w+)[^\n]*(\n {4,}[^\n]*)*", text, re.M)
-    }
-    assert len(entries) == len(options.ROWS)
-    for name, row in options.ROWS.items():
-        stated = re.search(r"\(default: (.*)\)$", entries[row["camel"] or name])[1]
-        if isinstance(row["default"], (int, float, str)) and row["default"] is not False:
-            assert stated == str(row["default"])
-        for method in METHODS if row["default"] is options.PAPER else ():
-            value = options.paper_values("resnet", "CIFAR10", method)[name]
-            assert value is None or str(value) in stated, name
-    assert "logs/<dataset>/<model>/<method>/seed<k>" in entries["save"]
 
 
 class TestOutput:
+    def test_help_states_each_default_in_80_columns(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        outcome = call("--help")
+        assert outcome.code == 0
+        assert max(map(len, outcome.out.splitlines())) <= 80
+        entries = re.findall(r"^  --(\w+)(.*(?:\n {4,}.*)*)", outcome.out, re.M)
+        texts = {name: " ".join(text.split()) for name, text in entries}
+        assert len(texts) == len(options.ROWS)
+        for name, row in options.ROWS.items():
+            stated = re.search(r"\(default: (.*)\)$", texts[row["camel"] or name])[1]
+            if isinstance(row["default"], (int, float, str)) and row["default"] is not False:
+                assert stated == str(row["default"])
+            for method in METHODS if row["default"] is options.PAPER else ():
+                value = options.paper_values("resnet", "CIFAR10", method)[name]
+                assert value is None or str(value) in stated, name
+
     @pytest.mark.parametrize("method", METHODS)
     def test_the_start_names_each_parameter_with_shape_and_group(self, finished, method):
-        out = finished[method][1].out
-        split = [re.split(r" {2,}", line.strip()) for line in out.splitlines() if line[:2] == "  "]
-        rows = {name.split()[0]: rest for name, *rest in split}
-        totals = {}
+        out, totals = finished[method][1].out, Counter()
         for name, p in WideResNet(10, 1, 3).named_parameters():
             undercomplete = p.ndim == 4 and p.shape[0] < p[0].numel()
             group = "bn_bias" if p.ndim < 2 else "grassmann" if undercomplete and method != "SGD" else "other"
-            assert rows[name] == [" x ".join(map(str, p.shape)), group]
-            tensors, elements = totals.get(group, (0, 0))
-            totals[group] = tensors + 1, elements + p.numel()
-        for group, (tensors, elements) in totals.items():
-            assert f"{group}: {elements:,} parameters in {tensors} tensors\n" in out
-        assert "in all: 77,395 parameters\n" in out
+            shape = " x ".join(map(str, p.shape))
+            assert re.search(rf"^  {re.escape(name)} +{shape} +{group}$", out, re.M), name
+            totals[group] += p.numel()
+        for group, elements in totals.items():
+            assert f"{group}: {elements:,} parameters in " in out
         assert re.search(r"^device: .*CPU, 1 threads", out, re.M)
-        assert f"optim_method {method}" in " ".join(out.split())
         assert max(map(len, out.splitlines()[:-1])) <= 80
 
     def test_a_bar_with_loss_error_and_speed_on_a_terminal(self, tiny, tmp_path, monkeypatch):
@@ -138,39 +116,32 @@ class TestOutput:
         expected = stats["train_loss"], 100 - stats["train_acc"]
         assert tuple(map(float, shown[-1])) == pytest.approx(expected, abs=0.0051)
 
-    def test_the_error_is_the_last_line_where_all_goes_to_one_file(self, tmp_path):
+    def test_the_error_is_the_last_line_where_all_goes_to_one_file(self, tmp_path, monkeypatch):
         """Python buffers what it prints to a file; a sweep reports the file's last line as the cause."""
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
         words = ["--lrg", "0.1", "--dataset", "folder", "--dataroot", "nowhere", "--save", tmp_path / "run"]
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        with (tmp_path / "output.txt").open("w") as file:
-            command = [sys.executable, PROGRAM, *words]
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=clean)
+        done = subprocess.run([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 1
-        note, error = (tmp_path / "output.txt").read_text().splitlines()
-        assert note.startswith("note: --lrg has no effect")
-        assert error.startswith("main.py: error: ")
+        assert re.fullmatch("note: --lrg has no effect.*\nmain.py: error: .*\n", done.stdout)
 
-    @pytest.mark.parametrize(("end", "trains"), [("| head -n 1", False), (">&- 2>&- <&-", True)])
-    def test_nobody_need_listen_to_the_program(self, tiny, tmp_path, end, trains):
-        words = tiny("SGD", tmp_path / "run", "--epochs", 1) if trains else ["--summary", "--depth", "10"]
-        command = f"{shlex.quote(sys.executable)} {shlex.quote(str(PROGRAM))} {shlex.join(words)} {end}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert not trains or len(log_lines(tmp_path / "run")) == 1
+    def test_nobody_need_listen_to_the_program(self, tiny, tmp_path):
+        words = shlex.join([*PROGRAM, *tiny("SGD", tmp_path / "run", "--epochs", 1)])
+        assert subprocess.run(["bash", "-c", f"{words} >&- 2>&- <&-"]).returncode == 0
+        assert len(log_lines(tmp_path / "run")) == 1
 
-    def test_a_broken_pipe_has_the_code_of_its_signal(self, monkeypatch):
-        def run():
-            raise BrokenPipeError
-
-        monkeypatch.setattr(os, "dup2", lambda *descriptors: None)
-        assert utils.answer(run) == 141
+    def test_a_reader_that_left_is_answered_by_the_code_of_its_signal(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([*PROGRAM, "--summary"], stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b"")
 
     def test_a_stream_may_be_of_any_kind(self, monkeypatch):
         """As a notebook's, which cannot be told how to encode."""
         monkeypatch.setattr(sys, "argv", ["main.py", "--summary", "--depth", "10", "--width", "1"])
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(PROGRAM), run_name="__main__")
+            runpy.run_path(main.__file__, run_name="__main__")
         assert end.value.code == 0
 
     def test_control_characters_are_printed_as_escapes(self, tiny, tmp_path):
@@ -178,57 +149,59 @@ class TestOutput:
         outcomes = [call(*tiny("SGD", save)), call(*tiny("SGD", save))]  # a path, then an error about it
         state = load(save)
         state["environment"]["device"] = state["options"]["dataset_name"] = "\x1b[31mred"
-        state["classes"] = ["a", "\x1b[31mred", "c"]
         torch.save(state, save / "checkpoint.pt")
-        outcomes.append(call("--resume", save, "--eval"))
-        outcomes.append(call("--resume", save, "--eval", "--dataset", "digits"))
-        outcomes.append(call("--resume", save, "--epochs", 3))
-        assert [outcome.code for outcome in outcomes] == [0, 2, 0, 1, 0]
+        outcomes += [call("--resume", save, "--eval"), call("--resume", save, "--epochs", 3)]
+        assert [outcome.code for outcome in outcomes] == [0, 2, 0, 0]
         for outcome in outcomes:
             assert "\\x1b[31m" in outcome.out + outcome.err
             assert "\x1b" not in outcome.out + outcome.err
             assert not re.search("^[|]", outcome.out + outcome.err, re.M)
 
+    def test_what_has_no_effect_is_said(self):
+        out = call("--summary", "--model", "vgg11", "--depth", 28, "--width", 10, "--lrg", 0.2).out
+        assert out.startswith("note: --depth, --width, --lrg have no effect on vgg-11 with SGD\n")
 
-BAD_VALUES = {
-    "--model": ["vgg99", ""], "--save": ["", "s3://bucket/run"], "--resume": ["", "gs://bucket/run"],
-    "--dataroot": ["", "https://host/data"], "--dataset": ["cifar"], "--optim_method": ["Adam", "sgd"],
-    "--device": ["tpu"], "--dtype": ["half"], "--depth": ["many", "0", "-10", "10.5", "12"],
-    "--width": ["0", "1.5", "10.0"], "--dropout": ["1"], "--randomcrop_pad": ["32", "-1"],
-    "--nthread": ["-1"], "--holdout": ["-1"], "--select": ["all"], "--batchSize": ["0", "1e2"],
-    "--lr": ["-0.1", "nan", "inf", "1e999", "1e38"], "--lrg": ["1e38"], "--momentum": ["1"],
-    "--weightDecay": ["1e38"], "--bnDecay": ["1e38"], "--omega": ["1e38"], "--grad_clip": ["-1", "off"],
-    "--epochs": ["0", "2.5"], "--lr_decay_ratio": ["0", "1e38"],
-    "--seed": ["-1", "18446744073709551616"], "--max_minutes": ["0", "soon"], "--ngpu": ["0"],
-    "--epoch_step": ["60", "60,120", "[60,", "[2,1]", "[1,1]", "[0,2]", "[1.5]", "{}", "null",
-        '["a"]', "[true]", "[NaN]", "[" * 100_000],
-}  # fmt: skip
+    @pytest.mark.parametrize(("epochs", "notes"), [(60, 1), (61, 0)])
+    def test_rates_that_will_not_drop_are_said(self, capsys, epochs, notes):
+        parse("--epochs", epochs)
+        assert capsys.readouterr().out.count(f"note: no drop of the learning rates within {epochs}") == notes
+
+
+BAD_VALUES = """
+    --model=vgg99 --save= --save=s3://bucket/run --resume=gs://bucket/run --dataroot=https://host/data
+    --dataset=cifar --optim_method=sgd --device=tpu --dtype=half --select=all --depth=many --depth=-10
+    --depth=10.5 --depth=12 --width=0 --width=1.5 --dropout=1 --randomcrop_pad=32 --nthread=-1 --holdout=-1
+    --batchSize=0 --batchSize=1e2 --lr=-0.1 --lr=nan --lr=1e999 --lr=1e38 --lrg=1e38 --momentum=1
+    --weightDecay=1e38 --bnDecay=1e38 --omega=1e38 --grad_clip=-1 --grad_clip=off --epochs=0 --epochs=2.5
+    --lr_decay_ratio=0 --lr_decay_ratio=1e38 --seed=-1 --seed=18446744073709551616 --max_minutes=0 --ngpu=0
+    --epoch_step=60 --epoch_step=60,120 --epoch_step=[60, --epoch_step=[2,1] --epoch_step=[1,1]
+    --epoch_step=[0,2] --epoch_step=[1.5] --epoch_step={} --epoch_step=["a"] --epoch_step=[true]
+"""
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("flag", BAD_VALUES)
-    def test_a_value_that_is_not_accepted(self, flag, tmp_path, monkeypatch):
+    def test_a_value_that_is_not_accepted(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        for value in BAD_VALUES[flag]:
-            assert_one_sentence(call(f"{flag}={value}"), 2, flag, re.escape(value[:20]))
-        assert not list(tmp_path.iterdir())
+        for word in [*BAD_VALUES.split(), f"--epoch_step={'[' * 100_000}"]:
+            flag, value = word.split("=", 1)
+            assert_one_sentence(call(word), 2, flag, re.escape(value[:20]))
+        assert os.listdir() == []
 
-    @pytest.mark.parametrize(("words", "patterns"), [
-        ("--learning_rate 0.1", ["--learning_rate"]), ("--optim SGD", ["--optim"]),  # no guessing
-        ("stray", ["stray"]), ("--lr", ["--lr"]), ("--lr -inf", ["--lr"]), ("--depth 12", ["10", "16"]),
-        ("--eval", ["--resume"]), ("--eval --resume auto", ["--resume"]), ("--device cuda", ["--device cpu"]),
-        ("--dtype float16 --device cpu", ["bfloat16"]), ("--model vgg11 --batchSize 1", ["batchSize"]),
+    @pytest.mark.parametrize(("words", "said"), [
+        ("--learning_rate 0.1", "--learning_rate"), ("--optim SGD", "--optim"),  # no guessing
+        ("stray", "stray"), ("--lr", "--lr"), ("--lr -inf", "--lr"), ("--depth 12", "10 and 16"),
+        ("--eval", "--resume"), ("--eval --resume auto", "--resume"), ("--device cuda", "--device cpu"),
+        ("--dtype float16 --device cpu", "bfloat16"), ("--model vgg11 --batchSize 1", "batchSize"),
     ])  # fmt: skip
-    def test_flags_that_do_not_fit(self, words, patterns, tmp_path, monkeypatch):
+    def test_flags_that_do_not_fit(self, words, said, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert_one_sentence(call(*words.split()), 2, *patterns)
-        assert not list(tmp_path.iterdir())
+        assert_one_sentence(call(*words.split()), 2, said)
+        assert os.listdir() == []
 
     def test_a_batch_larger_than_the_training_set_leaves_the_directory_free(self, tiny, tmp_path):
         assert_one_sentence(call(*tiny("SGD", tmp_path / "run", "--batchSize", 49)), 1, "49", "48")
         assert not (tmp_path / "run").exists()
-        assert call(*tiny("SGD", tmp_path / "run", "--batchSize", 48, "--epochs", 1)).code == 0
 
     @pytest.mark.parametrize("root", ["nowhere", "file", "~nosuchuser/x"])
     def test_missing_data(self, tmp_path, monkeypatch, root):
@@ -238,39 +211,20 @@ class TestBadInput:
         assert_one_sentence(outcome, 1, root, "--dataset folder needs")
         assert os.listdir() == ["file"]
 
-    def test_a_single_class_is_refused(self, finished, images_root, tmp_path):
-        for part in ("train", "test"):
-            shutil.copytree(images_root / part / "class1", tmp_path / part / "class1")
-        words = ["--dataset", "folder", "--dataroot", tmp_path, "--save", tmp_path / "run"]
-        assert_one_sentence(call(*words), 1, "single class, class1")
-        outcome = call("--resume", finished["SGD"][0], "--eval", "--dataroot", tmp_path)
-        assert_one_sentence(outcome, 1, "single class, class1")
-
     @pytest.mark.parametrize("name", ["config.json", "log.txt", "checkpoint.pt", "lock"])
-    @pytest.mark.parametrize("below", ["", "/below"])
-    def test_a_save_that_cannot_be_written(self, tiny, tmp_path, name, below):
-        """Where a directory is in the place of a file, or a file in the place of the run's directory."""
-        path = tmp_path / "run" / name
-        path.mkdir(parents=True) if not below else (path.parent.mkdir(), path.write_text("a file"))
-        outcome = call(*tiny("SGD", f"{path}{below}" if below else path.parent, "--epochs", 1))
-        assert_one_sentence(outcome, outcome.code, re.escape(str(tmp_path / "run")))
-        assert not below or path.read_text() == "a file"
+    def test_a_save_that_cannot_be_written(self, tiny, tmp_path, name):
+        """A directory is in the place of a file, or a file in the place of the run's directory."""
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "file").write_text("mine")
+        for save in (tmp_path / "run", tmp_path / "file" / "run"):
+            outcome = call(*tiny("SGD", save, "--epochs", 1))
+            assert_one_sentence(outcome, outcome.code, re.escape(str(save.parent)))
+        assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_directory_whose_name_tensorboard_cannot_write(self, tiny, tmp_path):
         outcome = call(*tiny("SGD", f"{tmp_path}/\udcff"))
         assert_one_sentence(outcome, 2, r"\\udcff is not UTF-8", "another --save")
         assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize(("place", "error", "said"), [
-        ("main.cross_entropy", torch.OutOfMemoryError("CUDA out of memory"), "out of memory.*--batchSize"),
-        ("report.RunLog.add", OSError(28, "No space left on device"), "No space left.*--resume"),
-    ])  # fmt: skip
-    def test_what_the_machine_lacks(self, tiny, tmp_path, monkeypatch, place, error, said):
-        def fail(*args):
-            raise error
-
-        monkeypatch.setattr(place, fail)
-        assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, said)
 
     def test_a_compiler_that_fails(self, tiny, tmp_path, monkeypatch):
         def backend(graph, inputs):
@@ -280,15 +234,6 @@ class TestBadInput:
         monkeypatch.setattr(torch, "compile", lambda model, **_: compile_model(model, backend=backend))
         outcome = call(*tiny("SGD", tmp_path / "run", "--compile"))
         assert_one_sentence(outcome, 1, "--compile failed", "InvalidCxxCompiler", "leave it out")
-
-    def test_what_has_no_effect_is_said(self):
-        out = call("--summary", "--model", "vgg11", "--depth", 28, "--width", 10, "--lrg", 0.2).out
-        assert out.startswith("note: --depth, --width, --lrg have no effect on vgg-11 with SGD\n")
-
-    @pytest.mark.parametrize(("epochs", "notes"), [(60, 1), (61, 0)])
-    def test_rates_that_will_not_drop_are_said(self, capsys, epochs, notes):
-        options.parse_options(["--epochs", str(epochs)])
-        assert capsys.readouterr().out.count(f"note: no drop of the learning rates within {epochs}") == notes
 
 
 OTHER_VALUES = {
@@ -317,29 +262,24 @@ class TestResume:
 
     def test_no_run_is_written_over_another(self, tiny, finished, tmp_path):
         """A kept copy of an early checkpoint goes on in a directory of its own."""
-        other = shutil.copytree(finished["SGDG"][0], tmp_path / "other")
-        shutil.copy(finished["SGD"][0] / "checkpoint.pt", other / "early.pt")
-        before = contents(other)
-        for words in ([], ["--save", other]):
-            outcome = call("--resume", other / "early.pt", "--epochs", 3, *words)
+        run = shutil.copytree(finished["SGDG"][0], tmp_path / "run")
+        early = shutil.copy(finished["SGD"][0] / "checkpoint.pt", run / "early.pt")
+        before = contents(run)
+        for words in ([], ["--save", run]):
+            outcome = call("--resume", early, "--epochs", 3, *words)
             assert_one_sentence(outcome, 2, "already holds a run")
-        assert call("--resume", other / "early.pt", "--epochs", 3, "--save", tmp_path / "branch").code == 0
+        assert call("--resume", early, "--epochs", 3, "--save", tmp_path / "branch").code == 0
         assert [stats["epoch"] for stats in log_lines(tmp_path / "branch")] == [1, 2, 3]
-        assert contents(other) == before
+        assert contents(run) == before
 
-    def test_nothing_to_resume(self, tmp_path):
-        (tmp_path / "empty").mkdir()
-        for name in ("nowhere", "empty"):
-            assert_one_sentence(call("--resume", tmp_path / name), 1, name, "no checkpoint")
-
-    def test_what_cannot_go_on(self, finished, images_root, tmp_path):
+    def test_what_cannot_go_on(self, finished, other, tmp_path):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
-        root = shutil.copytree(images_root, tmp_path / "images")
-        shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
         before = contents(save)
-        assert_one_sentence(call("--resume", save, "--dataroot", root, "--epochs", 3), 1, "other images")
+        assert_one_sentence(call("--resume", save, "--dataroot", other, "--epochs", 3), 1, "other images")
         assert_one_sentence(call("--resume", save, "--epochs", 1), 2, "--epochs 1", r"\b2\b")
         assert {**contents(save), "lock": 0} == {**before, "lock": 0}
+        for name in ("nowhere", "images"):  # the latter without a checkpoint
+            assert_one_sentence(call("--resume", tmp_path / name), 1, name, "no checkpoint")
 
     def test_a_directory_is_itself_by_any_name(self, finished, tmp_path, monkeypatch):
         save = shutil.copytree(finished["SGD"][0], tmp_path / "run")
@@ -352,19 +292,11 @@ class TestResume:
 class TestOtherImages:
     """A checkpoint is evaluated on any images of the same classes."""
 
-    @pytest.fixture
-    def other(self, images_root, tmp_path):
-        """Images with another training part."""
-        root = shutil.copytree(images_root, tmp_path / "images")
-        shutil.copy(root / "train" / "class0" / "00.png", root / "train" / "class0" / "01.png")
-        return root
-
     def test_are_normalized_as_the_runs(self, finished, other):
-        save = finished["SGD"][0]
-        evaluated = [call("--resume", save, "--eval"), call("--resume", save, "--eval", "--dataroot", other)]
+        words = ["--resume", finished["SGD"][0], "--eval"]
+        evaluated = [call(*words), call(*words, "--dataroot", other)]
         shutil.rmtree(other / "train")
-        evaluated.append(call("--resume", save, "--eval", "--dataroot", other))
-        assert [(outcome.code, outcome.err) for outcome in evaluated] == [(0, "")] * 3
+        evaluated.append(call(*words, "--dataroot", other))
         note = "note: other images than the run's, normalized as the run's\n"
         assert [outcome.out.count(note) for outcome in evaluated] == [0, 1, 1]
         assert len({outcome.out[outcome.out.index("wrn-10-1 after") :] for outcome in evaluated}) == 1
@@ -377,11 +309,10 @@ class TestOtherImages:
         torch.save(new, tmp_path / "turned.pt")  # the same network, its outputs in another order
         out = call("--resume", tmp_path / "turned.pt", "--eval", "--dataroot", other).out.splitlines()
         assert out[-4:] == [right[-4], *right[:-4:-1]]
-        (other / "test" / "class1").rename(other / "test" / "dog")
-        shutil.rmtree(other / "train")
-        for words in (["--dataroot", other], ["--dataset", "digits"]):
-            outcome = call("--resume", save, "--eval", *words)
-            assert_one_sentence(outcome, 1, "differ in .*class1.*dog|differ in 0, .* class2$")
+        for part in ("train", "test"):
+            (other / part / "class1").rename(other / part / "dog")
+        outcome = call("--resume", save, "--eval", "--dataroot", other)
+        assert_one_sentence(outcome, 1, "differ in .*class1.*dog")
 
     def test_what_an_older_checkpoint_does_not_hold_is_said(self, finished, other, tmp_path):
         path, state = tmp_path / "old.pt", load(finished["SGD"][0])
@@ -398,19 +329,19 @@ class TestOtherImages:
         assert_one_sentence(call(*words, "--dataroot", other), 1, "only be evaluated on these")
         assert call(*words).code == 0
 
-    def test_held_out_images_are_tested_on_but_by_choice_the_test_set(self, tiny, images_root, tmp_path):
+    def test_held_out_images_are_tested_on_but_by_choice_the_test_set(self, tiny, other, tmp_path):
         save, words = tmp_path / "run", ["--resume", tmp_path / "run", "--eval"]
-        assert call(*tiny("SGD", save, "--holdout", 12)).code == 0
+        assert call(*tiny("SGD", save, "--holdout", 12, "--dataroot", other)).code == 0
         config = json.loads((save / "config.json").read_text())
         assert (config["data"]["train_images"], config["data"]["test_images"]) == (36, 12)
         assert "on 12 held-out training images of folder" in call(*words).out
         assert "on 18 test images of folder" in call(*words, "--holdout", 0).out
-        other = shutil.copytree(images_root, tmp_path / "other")
-        shutil.rmtree(other / "train")
-        assert "on 18 test images of folder" in call(*words, "--dataroot", other).out
-        moved = shutil.copytree(images_root, tmp_path / "moved")  # goes on with what was held out
-        assert call("--resume", save, "--dataroot", moved, "--epochs", 3).code == 0
+        other = other.rename(tmp_path / "moved")  # goes on with what was held out
+        assert call("--resume", save, "--dataroot", other, "--epochs", 3).code == 0
         assert load(save)["options"]["holdout"] == 12
+        shutil.rmtree(other / "train")
+        other.rename(tmp_path / "others")
+        assert "on 18 test images of folder" in call(*words, "--dataroot", tmp_path / "others").out
 
 
 class TestSummary:
@@ -420,37 +351,32 @@ class TestSummary:
     ])  # fmt: skip
     def test_counts_and_leaves_nothing(self, flags, parameters, multiply_adds, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        outcome = call("--summary", *flags)
-        assert (outcome.code, outcome.err) == (0, "")
-        assert f"in all: {parameters:,} parameters" in outcome.out
-        assert f"multiply-adds of one image: {multiply_adds:,}" in outcome.out
-        assert not list(tmp_path.iterdir())
+        out = call("--summary", *flags).out
+        assert f"in all: {parameters:,} parameters" in out
+        assert f"multiply-adds of one image: {multiply_adds:,}" in out
+        assert os.listdir() == []
 
-    def test_measured_weights_are_on_g_and_leave_the_generators_alone(self):
+    def test_measured_weights_are_on_g(self):
         words = ["--depth", 10, "--width", 10, "--optim_method", "SGDG", "--select", "measured"]
         out = call("--summary", *words).out
-        conv0 = re.findall(r"(\S*conv0)\.weight .* (grassmann.*)", out)
-        overcomplete = ("group0.block0.conv0", "grassmann_overcomplete")
-        others = [(name, "grassmann") for name in ("conv0", "group1.block0.conv0", "group2.block0.conv0")]
-        assert sorted(conv0) == sorted([overcomplete, *others])
+        found = re.findall(r"(\S*conv0)\.weight .* (grassmann.*)", out)
+        expected = [("conv0", "grassmann"), ("group0.block0.conv0", "grassmann_overcomplete")]
+        expected += [(f"group{group}.block0.conv0", "grassmann") for group in (1, 2)]
+        assert sorted(found) == expected
         assert out.count("grassmann") == 4 + 2  # and the two totals
         assert max(map(len, out.splitlines())) <= 80
-        model, state = main.WideResNet(10, 1, 10), torch.get_rng_state()
-        main.grassmann_param_groups(model, 0.1, 0.1, select="measured", loss_fn=main.random_loss)
-        assert torch.equal(torch.get_rng_state(), state)
 
     def test_of_a_checkpoint_describes_its_weights(self, finished, monkeypatch):
         """Mean, deviation, shortest and longest row, and largest |cos| between two."""
         save, _ = finished["SGDG"]
         monkeypatch.setattr(main, "load_data", None)  # the images may be gone
-        outcome = call("--summary", "--resume", save)
-        assert (outcome.code, outcome.err) == (0, "")
-        assert max(map(len, outcome.out.splitlines())) <= 80
+        out = call("--summary", "--resume", save).out
+        assert max(map(len, out.splitlines())) <= 80
         for name in ("group1.block0.convdim.weight", "fc.weight"):
             w = load(save)["model"][name].double().flatten(1)
             norms = w.norm(dim=1)
             cosines = (w @ w.T / norms[:, None] / norms).fill_diagonal_(0).abs()
-            shown = re.search(rf"^{re.escape(name)} +((?:[-+\d.e]+ +){{5}})\w+$", outcome.out, re.M)[1]
+            shown = re.search(rf"^{re.escape(name)} +((?:[-+\d.e]+ +){{5}})\w+$", out, re.M)[1]
             expected = w.mean(), w.std(correction=0), norms.min(), norms.max(), cosines.max()
             close = pytest.approx([*map(float, expected)], rel=0.06, abs=6e-4)
             assert [*map(float, shown.split())] == close
