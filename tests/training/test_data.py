@@ -131,16 +131,15 @@ class TestDownloaded:
     def test_a_missing_or_corrupt_file_is_named_with_a_way_out(
         self, dataset, file, missing, tmp_path, monkeypatch
     ):
-        write_svhn(tmp_path, monkeypatch) if dataset == "SVHN" else write_archive(
-            dataset, tmp_path, monkeypatch
-        )
-        archive = tmp_path / file
-        archive.unlink() if missing else archive.write_bytes(archive.read_bytes()[:-100])
-        problem = f"{dataset} is not in {tmp_path} and" if missing else f"{archive} is incomplete, corrupt"
-        with pytest.raises(
-            UserError,
-            match=f"^{problem}.* name resolution.* place {file} from http.*--dataset digits, [^\n]*$",
-        ):
+        if dataset == "SVHN":
+            write_svhn(tmp_path, monkeypatch)
+        else:
+            write_archive(dataset, tmp_path, monkeypatch)
+        path = tmp_path / file
+        path.unlink() if missing else path.write_bytes(path.read_bytes()[:-100])
+        problem = f"{dataset} is not in {tmp_path} and" if missing else f"{path} is incomplete, corrupt"
+        way_out = f"name resolution.* place {file} from http.*--dataset digits, [^\n]*$"
+        with pytest.raises(UserError, match=f"^{problem}.*{way_out}"):
             load_data(dataset, tmp_path)
 
     def test_a_download_is_alone_and_gives_up_on_a_silent_server(self, tmp_path, monkeypatch):
