@@ -1,7 +1,6 @@
-"""Fixtures: a tiny data set, finished runs of it, and no network."""
+"""Fixtures: a tiny data set, and finished runs of it."""
 
 import sys
-import urllib.error
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,13 +41,3 @@ def finished(tiny, tmp_path_factory) -> dict[str, tuple[Path, Outcome]]:
         assert (outcome.code, outcome.err) == (0, "")
         runs[method] = save, outcome
     return runs
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    import torchvision.datasets.utils as utils
-
-    def refuse(*_args, **_kwargs):
-        raise urllib.error.URLError("Temporary failure in name resolution")
-
-    monkeypatch.setattr(utils.urllib.request, "urlopen", refuse)

@@ -34,12 +34,6 @@ ROOT = Path(main.__file__).parent
 METHODS = ("SGD", "SGDG", "AdamG")
 STEPS = 3  # of an epoch of `tiny`
 TIMES = ("train_time", "test_time", "images_per_sec")  # of log.txt: what two equal runs do not share
-CIFAR10_FILES = [f"data_batch_{i}" for i in range(1, 6)]
-LAYOUTS = {  # of CIFAR's archives: folder, training files, test file, key of the labels, file of the classes
-    "CIFAR10": ("cifar-10-batches-py", CIFAR10_FILES, "test_batch", "labels", "batches.meta"),
-    "CIFAR100": ("cifar-100-python", ["train"], "test", "fine_labels", "meta"),
-}
-SVHN_SIZES = {"train": 11, "test": 5, "extra": 23}
 
 
 class Outcome(NamedTuple):
@@ -133,60 +127,57 @@ def bits(value):
 
 def assert_same_run(a: Path, b: Path, *, but: tuple[str, ...] = ()) -> None:
     """Both runs ended with the same bits in every part of checkpoint and log, options `but` aside."""
-    first, second = load(a), load(b)
-    for state in (first, second):
-        for name in but:
-            state["options"].pop(name)
-            for epoch in state["history"]:
-                epoch.pop(name)
-    assert first.keys() == second.keys()
-    for part in first:
-        assert bits(first[part]) == bits(second[part]), part
-    logs = [[{k: v for k, v in epoch.items() if k not in but} for epoch in log_lines(d)] for d in (a, b)]
-    assert logs[0] == logs[1]
+    runs = [{**load(run), "log": log_lines(run)} for run in (a, b)]
+    for run in runs:
+        for part in (run["options"], *run["history"], *run["log"]):
+            for name in but:
+                part.pop(name, None)
+    assert runs[0].keys() == runs[1].keys()
+    for part in runs[0]:
+        assert bits(runs[0][part]) == bits(runs[1][part]), part
 
 
 def write_archive(dataset, root, monkeypatch):
-    """Writes the archive of `dataset` with 4 random images a file; returns what it wrote, file by file."""
+    """Writes CIFAR's archive with 4 random images a file; returns {part: (rows of 3,072 bytes, labels)}."""
     from torchvision import datasets
 
-    source = getattr(datasets, dataset)
-    folder, train_files, test_file, label_key, meta_file = LAYOUTS[dataset]
-    generator = np.random.default_rng(0)
-    content = {}
-    for name in [*train_files, test_file]:
-        entry = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8)}
-        entry[label_key] = generator.integers(0, 10, 4).tolist()
-        content[name] = entry
-    meta = {source.meta["key"]: [f"class{i}" for i in range(100 if dataset == "CIFAR100" else 10)]}
-    checksums = {}
+    source, label_key = getattr(datasets, dataset), "labels" if dataset == "CIFAR10" else "fine_labels"
+    rng, parts, files, checksums = np.random.default_rng(0), {}, {}, {}
+    for part, listed in (("train", source.train_list), ("test", source.test_list)):
+        count = 4 * len(listed)
+        rows, labels = parts[part] = rng.integers(0, 256, (count, 3072), np.uint8), rng.integers(0, 10, count)
+        for i, (name, _) in enumerate(listed):
+            mine = slice(4 * i, 4 * i + 4)
+            files[name] = {"data": rows[mine], label_key: labels[mine].tolist()}
+    names = [f"class{i}" for i in range(100 if dataset == "CIFAR100" else 10)]
+    files[source.meta["filename"]] = {source.meta["key"]: names}
     with tarfile.open(root / source.filename, "w:gz") as archive:
-        for name, entry in {**content, meta_file: meta}.items():
-            payload = pickle.dumps(entry)
+        for name, content in files.items():
+            payload = pickle.dumps(content)
             checksums[name] = md5(payload).hexdigest()
-            info = tarfile.TarInfo(f"{folder}/{name}")
+            info = tarfile.TarInfo(f"{source.base_folder}/{name}")
             info.size = len(payload)
             archive.addfile(info, io.BytesIO(payload))
     monkeypatch.setattr(source, "tgz_md5", md5((root / source.filename).read_bytes()).hexdigest())
-    monkeypatch.setattr(source, "train_list", [[name, checksums[name]] for name in train_files])
-    monkeypatch.setattr(source, "test_list", [[test_file, checksums[test_file]]])
-    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[meta_file]})
-    return content
+    for listed in ("train_list", "test_list"):
+        monkeypatch.setattr(source, listed, [[name, checksums[name]] for name, _ in getattr(source, listed)])
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[source.meta["filename"]]})
+    return parts
 
 
 def write_svhn(root, monkeypatch):
     """Writes the three files of SVHN with random images, compressed as the real ones; returns them."""
     from torchvision.datasets import SVHN
 
-    generator = np.random.default_rng(0)
-    content, split_list = {}, {}
-    for split, (url, filename, _) in SVHN.split_list.items():
-        images = generator.integers(0, 256, (32, 32, 3, SVHN_SIZES[split]), dtype=np.uint8)
-        labels = np.resize(np.arange(10, 0, -1, dtype=np.uint8), (SVHN_SIZES[split], 1))  # 10 is the digit 0
+    rng, content, listed = np.random.default_rng(0), {}, {}
+    for split, count in (("train", 11), ("test", 5), ("extra", 23)):
+        url, filename, _ = SVHN.split_list[split]
+        images = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        labels = np.resize(np.arange(10, 0, -1, dtype=np.uint8), (count, 1))  # 10 is the digit 0
         scipy.io.savemat(root / filename, {"X": images, "y": labels}, do_compression=True)
-        split_list[split] = [url, filename, md5((root / filename).read_bytes()).hexdigest()]
+        listed[split] = [url, filename, md5((root / filename).read_bytes()).hexdigest()]
         content[split] = images, labels
-    monkeypatch.setattr(SVHN, "split_list", split_list)
+    monkeypatch.setattr(SVHN, "split_list", listed)
     return content
 
 
@@ -207,11 +198,7 @@ def call_ranks(size: int, *argv, folder: Path, **environment) -> list[Outcome]:
             try:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": int(os.read(port, 5))}
-                place |= {
-                    "TORCHELASTIC_USE_AGENT_STORE": True,
-                    "TORCHELASTIC_RESTART_COUNT": 0,
-                    **environment,
-                }
+                place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0} | environment
                 os.environ |= {name: str(value) for name, value in place.items() if value is not None}
                 outcome = call(*argv)
             except BaseException:
