@@ -635,7 +635,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("sorted(path for path in c.iterdir()", "list(path for path in reversed(sorted(c.iterdir()))", "subset first_images"),
         ("count < 1 or ", "", "subset mistake"),
         ("any(len(images) < count for images in chosen)", "False", "subset mistake"),
-        ("args.target.mkdir(parents=True)", "args.target.mkdir(parents=True, exist_ok=True)", "subset left_alone"),
+        ("args.target.mkdir(parents=True)", "args.target.mkdir(parents=True, exist_ok=True)", "subset mistake"),
     ],
     "benchmarks/optimizer_step.py": [
         ('state.get("step", y.new_zeros(())) + 1', 'state.get("step", y.new_zeros(())) + 2', "benchmarks same_network"),
