@@ -610,7 +610,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if [ -L .venv ] || ", "if ", "setup left_alone"),
         ("[ -e .venv ] && [ ! -e $mark ]", "false", "setup left_alone"),
         ("    touch $mark\n", "", "setup made_anew"),
-        ('    command -v "$python" >/dev/null || return\n', "", "setup not_called_too_old"),
+        ('    command -v "$python" >/dev/null || return\n', "", "setup goes_before"),
         ("python3.{14..11}", "", "setup made_anew"),
         ("options=(--system-site-packages)", "options=()", "setup built_on"),
         ("sys.prefix != sys.base_prefix or not", "not", "setup built_on"),
