@@ -10,20 +10,17 @@ the exit code is 1 if one survives. An import that fails is no catch: only a tes
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300  # seconds for a fault; tests that take longer have noticed nothing: no fault of the table hangs
-TOO_SLOW = 99
-LINKED = ("logs/published", "docs/figures")  # too many files to copy, and none that a test writes to
+LINKED = "logs/published"  # too many files to copy, and none that a test writes to
 # What takes seconds to import: here once, and every run of pytest is a fork of this process.
 SLOW_IMPORTS = (
     "torch", "torch._dynamo", "torch.utils.tensorboard", "torchvision.datasets", "sklearn.datasets",
@@ -44,7 +41,6 @@ FILES = {  # of tests, by the word that begins a selection; an expression as of 
     "subset": "tests/scripts/test_subset.py", "networks": "tests/training/test_networks.py", "package": "tests/optimizer/test_package.py",
     "peers": "tests/scripts/test_peers.py",
 }  # fmt: skip
-VERDICTS = {0: "SURVIVED", 1: "caught", TOO_SLOW: "too slow"}  # by pytest's exit code
 WRN, GROUPS, STARTED = "paper a_run_of_a_wrn", "paper groups", "paper hyperparameters"
 
 # fmt: off
@@ -713,48 +709,40 @@ def copy_files(tree: Path) -> None:
         if not name.startswith(LINKED) and (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-    for name in LINKED:
-        (tree / name).parent.mkdir(exist_ok=True)
-        (tree / name).symlink_to(ROOT / name)
+    (tree / LINKED).parent.mkdir(exist_ok=True)
+    (tree / LINKED).symlink_to(ROOT / LINKED)
 
 
-def too_slow(*_args) -> None:
-    """Ends the tests of a fault, at SIGALRM."""
-    import_module("pytest").exit("too slow", returncode=TOO_SLOW)
-
-
-def run_tests(fault: Fault) -> tuple[Fault, int, float, str]:
-    """pytest's exit code for a copy with the fault, its seconds, and what it printed. In a process of its own."""
-    started = time.monotonic()
-    selections = [selection.partition(" ") for selection in fault.tests.split("; ")]
-    files = sorted({FILES[name] for name, _, _ in selections})
+def run_pytest(tree: str, tests: str) -> None:
+    """Run what the selections name until a test fails; ends the process, with pytest's exit code."""
+    os.chdir(tree)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    selections = [selection.partition(" ") for selection in tests.split("; ")]
+    files = sorted({FILES[word] for word, _, _ in selections})
     expression = " or ".join(f"({words})" for _, _, words in selections)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy_files(Path(folder))
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not long", *files, "-k", expression]
+    code = int(import_module("pytest").main(words))
+    sys.stdout.flush()
+    os._exit(code)  # the threads that this is a fork of are not here to be joined
+
+
+def try_fault(fault: Fault) -> tuple[str, str]:
+    """The verdict on a copy with the fault, and what pytest printed."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as tree:
+        copy_files(Path(tree))
         if fault.file:
-            Path(folder, fault.file).write_text(fault.source())
-        with Path(folder, "output.txt").open("w+b") as output:
-            for stream in (1, 2):
-                os.dup2(output.fileno(), stream)
-            os.chdir(folder)
-            signal.signal(signal.SIGALRM, too_slow)
-            signal.alarm(LIMIT)
-            words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not long"]
-            code = int(import_module("pytest").main([*words, *files, "-k", expression]))
-            sys.stdout.flush()
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-    return fault, code, time.monotonic() - started, text
-
-
-def is_caught(fault: Fault, code: int, seconds: float, text: str) -> bool:
-    """Whether a test failed, by itself; says so, and what went wrong if pytest could not run them."""
-    verdict = VERDICTS.get(code, f"pytest: {code}")
-    verdict = "error" if code == 1 and "\nFAILED " not in text else verdict  # of a fixture
-    print(f"{verdict:9}{seconds:4.0f}s {fault}"[:80], flush=True)
-    if code > 1:
-        print(text[-2000:])
-    return verdict == "caught"
+            Path(tree, fault.file).write_text(fault.source())
+        process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(tree, fault.tests))
+        process.start()
+        process.join(LIMIT)
+        process.kill()
+        process.join()
+        text = Path(tree, "output.txt").read_text(errors="replace")
+    if process.exitcode == 1:
+        return "caught" if "\nFAILED " in text else "error", text  # of a fixture
+    return {0: "SURVIVED", -9: "too slow"}.get(process.exitcode, f"pytest: {process.exitcode}"), text
 
 
 def main(words: list[str]) -> int:
@@ -766,19 +754,22 @@ def main(words: list[str]) -> int:
         faults = [f for f in faults if any(w == str(f.number) or w in f.text for w in words)]
     for name in SLOW_IMPORTS:
         import_module(name)
-    jobs = int(os.environ.get("JOBS", 2))
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        every = sorted({selection for fault in faults for selection in fault.tests.split("; ")})
-        by_file = groupby(every, key=lambda selection: selection.partition(" ")[0])
-        whole = [Fault(0, "", "", "", "; ".join(selections)) for _, selections in by_file]
-        for _, code, _, text in pool.imap_unordered(run_tests, whole):
-            if code != 0:
-                print(text[-3000:], "these tests must pass without a fault", sep="\n")
-                return 1
-        results = pool.imap(run_tests, faults)  # TimeoutError below: a fault has killed its process
-        caught = [is_caught(*results.next(4 * LIMIT)) for _ in faults]
-    print(f"{sum(caught)} of {len(faults)} faults are caught")
-    return 0 if faults and all(caught) else 1
+    of_file = {}
+    for selection in sorted({selection for fault in faults for selection in fault.tests.split("; ")}):
+        of_file.setdefault(selection.split()[0], []).append(selection)
+    whole = [Fault(0, "", "", "", "; ".join(selections)) for selections in of_file.values()]
+    caught = 0
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
+        for verdict, text in pool.map(try_fault, whole):
+            if verdict != "SURVIVED":
+                sys.exit(f"{text[-3000:]}\nthese tests must pass without a fault")
+        for fault, (verdict, text) in zip(faults, pool.map(try_fault, faults), strict=True):
+            print(f"{verdict:9} {fault}"[:80], flush=True)
+            caught += verdict == "caught"
+            if verdict.startswith("pytest"):
+                print(text[-2000:])
+    print(f"{caught} of {len(faults)} faults are caught")
+    return 0 if faults and caught == len(faults) else 1
 
 
 if __name__ == "__main__":
