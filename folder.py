@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils import UserError, printable
+from utils import UserError, printable, reason
 
 SIZE = 32  # pixels: height and width of every image
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg")
@@ -129,13 +129,10 @@ def _read_image(path: Path) -> np.ndarray:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
         if image is None:
             raise OSError(f"OpenCV {cv2.__version__} cannot decode its {len(encoded)} bytes")
-        height, width = image.shape[:2]
-        if (height, width) != (SIZE, SIZE):
-            shrinking = height >= SIZE and width >= SIZE
-            image = cv2.resize(
-                image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-            )
+        if image.shape[:2] != (SIZE, SIZE):
+            shrinking = min(image.shape[:2]) >= SIZE
+            way = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+            image = cv2.resize(image, (SIZE, SIZE), interpolation=way)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     except (OSError, cv2.error) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+        raise UserError(f"cannot read the image {path} ({reason(error)}); replace or remove it") from error
