@@ -17,7 +17,6 @@ from utils import UserError, printable, reason
 SIZE = 32  # pixels: height and width of every image
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg")
 EXTENSIONS += (".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-CHUNK = 128  # images that a thread decodes at a time, so that handing out work costs nothing
 
 
 def read_folder(root: Path, parts: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict, tuple[str, ...]]:
@@ -109,14 +108,9 @@ def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_
 def _decode_all(paths: list[Path]) -> np.ndarray:
     """All images as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-
-    def fill(start: int) -> None:
-        for index in range(start, min(start + CHUNK, len(paths))):
-            images[index] = _read_image(paths[index])
-
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(0, len(paths), CHUNK)):
-            pass  # in order, so the first image that cannot be read is the one that is named
+        for index, image in enumerate(pool.map(_read_image, paths)):
+            images[index] = image
     return images
 
 

@@ -196,8 +196,8 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
     path = save / LOCK
     try:
         save.mkdir(parents=True, exist_ok=True)
-        if reason := why_not_there(save, continues):
-            raise UsageError(reason)
+        if problem := why_not_there(save, continues):
+            raise UsageError(problem)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); {other}") from error
