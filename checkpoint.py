@@ -77,8 +77,8 @@ def reading(path: Path | None) -> Iterator[None]:
     except Exception as error:
         if path is None or utils.is_out_of_memory(error) or distributed.connection_error(error):
             raise
-        reason = " ".join(str(error).split())[:200].rstrip(".:") or type(error).__name__
-        raise UserError(f"{path} is damaged or of another model ({reason}); {way_back(path)}") from error
+        what = f"{path} is damaged or of another model ({utils.reason(error)})"
+        raise UserError(f"{what}; {way_back(path)}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -168,25 +168,13 @@ def take_other_images(t: "Training", state: dict) -> None:
     """Evaluate on them, normalized as the run's, classes matched by name; UserError where it cannot be."""
     if not t.options.eval:
         raise UserError("the checkpoint is of other images than --dataset and --dataroot name")
-    if "statistics" not in state:
-        raise UserError(
-            "the checkpoint is of an older main.py and does not hold the mean of its images: "
-            "it can only be evaluated on these"
-        )
-    ours, theirs = list(t.data.classes), state.get("classes")
-    if theirs is None:
-        number = len(state["model"]["fc.bias"])
-        if len(ours) != number:
-            raise UserError(f"{t.data.name} has {len(ours)} classes, the checkpoint's network {number}")
-        print(
-            "note: the checkpoint is of an older main.py, so classes are matched by their order", flush=True
-        )
-    elif odd := sorted(set(ours) ^ set(theirs)):
+    ours = list(t.data.classes)
+    theirs = state.get("classes", ours)  # a checkpoint of an older main.py has none
+    if odd := sorted(set(ours) ^ set(theirs)):
         raise UserError(
             f"the classes of {t.data.name} are not the checkpoint's; they differ in {', '.join(odd)}"
         )
-    else:
-        t.data = t.data.with_classes(theirs)
+    t.data = t.data.with_classes(theirs)
     t.mean, t.std = torch.tensor(state["statistics"], device=t.device).view(2, 1, 3, 1, 1)
     print("note: other images than the run's, normalized as the run's", flush=True)
 

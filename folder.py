@@ -12,12 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils import UserError, printable
+from utils import UserError, printable, reason
 
 SIZE = 32  # pixels: height and width of every image
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg")
 EXTENSIONS += (".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-CHUNK = 128  # images that a thread decodes at a time, so that handing out work costs nothing
 
 
 def read_folder(root: Path, parts: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict, tuple[str, ...]]:
@@ -109,14 +108,9 @@ def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_
 def _decode_all(paths: list[Path]) -> np.ndarray:
     """All images as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
     images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-
-    def fill(start: int) -> None:
-        for index in range(start, min(start + CHUNK, len(paths))):
-            images[index] = _read_image(paths[index])
-
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(0, len(paths), CHUNK)):
-            pass  # in order, so the first image that cannot be read is the one that is named
+        for index, image in enumerate(pool.map(_read_image, paths)):
+            images[index] = image
     return images
 
 
@@ -129,13 +123,10 @@ def _read_image(path: Path) -> np.ndarray:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
         if image is None:
             raise OSError(f"OpenCV {cv2.__version__} cannot decode its {len(encoded)} bytes")
-        height, width = image.shape[:2]
-        if (height, width) != (SIZE, SIZE):
-            shrinking = height >= SIZE and width >= SIZE
-            image = cv2.resize(
-                image, (SIZE, SIZE), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-            )
+        if image.shape[:2] != (SIZE, SIZE):
+            shrinking = min(image.shape[:2]) >= SIZE
+            way = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+            image = cv2.resize(image, (SIZE, SIZE), interpolation=way)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     except (OSError, cv2.error) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+        raise UserError(f"cannot read the image {path} ({reason(error)}); replace or remove it") from error

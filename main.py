@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 # DDP prints a hint once per process unless this is set before torch is imported.
@@ -91,8 +91,7 @@ class Training:
         self.options, self.data = options, data
         self.device = choose_device(options.device)
         torch.manual_seed(options.seed)
-        model = make_model(options, len(data.classes))
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = make_model(options, len(data.classes)).to(self.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, options)
         self.forward = distributed.parallel(self.model, sync_bn=options.sync_bn and not options.eval)
         if options.compile:
@@ -116,8 +115,6 @@ class Training:
         self.batch = 0  # finished batches of this epoch
         self.train_time = 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # this rank's part: loss, wrong
-        # The first step with a non-finite loss, counted from 1; 0: none.
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on a batch from `inputs`; returns loss () and logits (B, classes) before the update."""
@@ -151,36 +148,29 @@ class Training:
         self.batch += 1
         loss_share = loss.double() / distributed.world_size()  # the batch's loss is the mean of the slices'
         self.sums += torch.stack([loss_share, (logits.argmax(1) != labels).sum().double()])
-        is_first = (self.bad_step == 0) & ~loss.isfinite()
-        self.bad_step += is_first * self.batch
 
     def totals(self) -> tuple[float, float]:
         """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
         loss, wrong = distributed.all_sum(self.sums.tolist())
         return loss, wrong
 
-    def first_bad_step(self) -> int:
-        """The first step of this epoch whose loss was not finite on some rank; 0: none. Waits likewise."""
-        steps = distributed.all_gather(self.bad_step.item())
-        return min((step for step in steps if step), default=0)
-
     def learning_rates(self) -> dict[str, float | None]:
         """The current lr and lrg (None where nothing is on G(1,n))."""
-        groups = self.optimizer.param_groups
-        lrg = [group["lr"] for group in groups if group.get("grassmann")]
-        lr = [group["lr"] for group in groups if not group.get("grassmann")]
-        return {"lr": lr[0], "lrg": lrg[0] if lrg else None}
+        rates = {group.get("grassmann", False): group["lr"] for group in self.optimizer.param_groups}
+        return {"lr": rates[False], "lrg": rates.get(True)}
 
     def check_finite(self) -> None:
-        """UserError if a loss of this epoch, or a weight, is not finite."""
-        rates = {name: rate for name, rate in self.learning_rates().items() if rate is not None}
-        text = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        advice = f"({text}); the last good checkpoint, if any, is kept: try lower learning rates"
-        epoch = self.epoch + 1
-        if step := self.first_bad_step():
-            raise UserError(f"the loss is not finite since epoch {epoch}, step {step} {advice}")
-        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
-            raise UserError(f"a weight is not finite in epoch {epoch}, after step {self.batch} {advice}")
+        """UserError if a loss of this epoch, or a weight, is not finite. Waits as `totals`."""
+        if not math.isfinite(self.totals()[0]):
+            what = "the loss"
+        elif not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            what = "a weight"
+        else:
+            return
+        rates = ", ".join(f"{k} {v:g}" for k, v in self.learning_rates().items() if v is not None)
+        advice = "the last good checkpoint, if any, is kept: try lower learning rates"
+        where = f"by epoch {self.epoch + 1}, step {self.batch}"
+        raise UserError(f"{what} is not finite {where} ({rates}); {advice}")
 
 
 # -------------------------------------------------------------------------------------------------- one epoch
@@ -192,19 +182,21 @@ def train_epoch(t: Training, batches: TrainBatches, log: report.RunLog | None, s
     read_every, probe_every = math.ceil(len(plan) / 10), math.ceil(len(plan) / 4)
     pin = t.device.type == "cuda"
     t.model.train()
-    title = f"epoch {t.epoch + 1}/{options.epochs}"
     last_loss, last_batch = t.totals()[0], t.batch
-    with closing(report.Progress(title, len(plan), t.batch, options.batch_size)) as progress:
+    started, batches_before = time.perf_counter(), t.batch
+    with report.progress_bar(f"epoch {t.epoch + 1}/{options.epochs}", len(plan), t.batch) as bar:
         for images, labels in batches.iterate(plan, start=t.batch, nthread=options.nthread, pin_memory=pin):
             x, labels = t.inputs(images, labels)
             t.probe.active = t.batch % probe_every == 0
             t.count(*t.step(x, labels), labels)
-            progress.step()
+            bar.update()
             if t.batch % read_every == 0:
-                if t.first_bad_step():
-                    t.check_finite()
                 loss, wrong = t.totals()
-                progress.show(loss / t.batch, 100 * wrong / (t.batch * options.batch_size), t.batch)
+                if not math.isfinite(loss):
+                    t.check_finite()
+                error = 100 * wrong / (t.batch * options.batch_size)
+                speed = (t.batch - batches_before) * options.batch_size / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {loss / t.batch:.4f}, error {error:.2f}%, {speed:.0f} img/s")
                 if log:
                     steps = t.epoch * len(plan) + t.batch
                     log.add_loss((loss - last_loss) / (t.batch - last_batch), steps)
@@ -212,7 +204,7 @@ def train_epoch(t: Training, batches: TrainBatches, log: report.RunLog | None, s
             if stop.asked():
                 break
     t.check_finite()  # waits for the device: what follows is timed right
-    t.train_time += progress.seconds()
+    t.train_time += time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -267,10 +259,7 @@ def train(t: Training, stop: StopRequest) -> int:
     options = t.options
     batches = TrainBatches(t.data.train_images, t.data.train_labels, options.randomcrop_pad)
     steps = len(t.plan())
-    with report.disk_errors_said_once(), ExitStack() as stack:
-        log = report.RunLog(options, t.history) if distributed.rank() == 0 else None
-        if log:
-            stack.callback(log.close)
+    with report.run_log(options, t.history) as log:
         if t.epoch == 0:
             distributed.on_rank0(lambda: log.start(batches.batch(t.plan(), 0)[0]))
         while t.epoch < options.epochs:
@@ -281,19 +270,14 @@ def train(t: Training, stop: StopRequest) -> int:
                 end_epoch(t, log, stop)
             if t.epoch == options.epochs:  # before the checkpoint that says that nothing is left to do
                 distributed.on_rank0(lambda: log.add_result(t.history[-1]))
-            save(t)
+            state = run_state(t)
+            distributed.on_rank0(lambda state=state: save_checkpoint(options.save / CHECKPOINT, state))
             if stop.asked() and t.epoch < options.epochs:
                 report.print_stopped(t, stop.reason, steps)
                 return stop.exit_code
     distributed.on_rank0(lambda: (options.save / PREVIOUS).unlink(missing_ok=True))
     report.print_finished(t)
     return 0
-
-
-def save(t: Training) -> None:
-    """Write the checkpoint."""
-    state, path = run_state(t), t.options.save / CHECKPOINT
-    distributed.on_rank0(lambda: save_checkpoint(path, state))
 
 
 def print_evaluation(t: Training) -> None:
@@ -304,21 +288,14 @@ def print_evaluation(t: Training) -> None:
 
 
 def print_summary(options: Options, state: dict | None) -> None:
-    """What a run would start with, a checkpoint's weights, multiply-adds; reads no data but a folder's."""
+    """What a run would start with, and a checkpoint's weights; reads no data but a folder's."""
     classes = 100 if options.dataset == "CIFAR100" else 10
     if state:
         classes = len(state["model"]["fc.bias"])
     elif options.dataset == "folder":
         classes = len(load_data(options.dataset, options.dataroot, options.dataset_name).classes)
-    device = choose_device(options.device)
-    model = make_model(options, classes).to(device)
-    optimizer = make_optimizer(model, options)
-    report.print_start(options, model, optimizer, device)
-    if state:
-        model.load_state_dict(state["model"])
-        report.print_weights(model, optimizer)
-    count = report.multiply_adds(model, torch.zeros(1, 3, 32, 32, device=device))
-    print(f"multiply-adds of one image: {count:,}")
+    model = make_model(options, classes).to(choose_device(options.device))
+    report.print_summary(options, model, make_optimizer(model, options), state)
 
 
 def run(argv: list[str] | None) -> int:
@@ -360,18 +337,14 @@ def carry_out(options: Options, state: dict | None, source: Path | None, started
         print_evaluation(t)
         return 0
     distributed.on_rank0(lambda: report.write_config(t))
-    report.print_start(options, t.model, t.optimizer, t.device)
+    report.print_start(options, t.model, t.optimizer)
     deadline = options.max_minutes and started + 60 * options.max_minutes
     with StopRequest(deadline) as stop:
         return train(t, stop)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and answer what the user can put right by one sentence on standard error.
-
-    Called from Python it gives back signal handlers, warning filters and torch's settings as they were, but
-    not the state of torch's generators.
-    """
+    """Run, and answer what the user can put right by one sentence; torch's generators stay as they end."""
     with distributed.silent_above_rank_0():
         return utils.answer(lambda: run(argv))
 

@@ -312,9 +312,9 @@ def choose_options(given: dict, save: Path, source: Path | None) -> tuple[Option
     with reading(source):
         chosen = continue_with(given, state["options"], source) if state else fill_in(given)
         options = Options(**{**chosen, "save": save})
-        check_options(options, resumed=source is not None)
-    if options.epoch_step and options.epoch_step[0] >= options.epochs and not (options.eval or options.summary):
-        print(f"note: no drop of the learning rates within {options.epochs} epochs (--epoch_step)", flush=True)
+        check_options(options)
+        if options.epoch_step and options.epoch_step[0] >= options.epochs and not (options.eval or options.summary):
+            print(f"note: no drop of the learning rates within {options.epochs} epochs (--epoch_step)", flush=True)
     # `without_unused` has put None.
     unused = [f"--{name}" for name in given if given[name] is not None and getattr(options, name) is None]
     if unused:
@@ -364,12 +364,8 @@ def nothing_to_do(options: Options, state: dict | None) -> str | None:
     return f"nothing to do: the run has its {counted(done, 'epoch')}" if done == options.epochs else None
 
 
-def check_options(options: Options, resumed: bool) -> None:
-    """UsageError for options that do not go together.
-
-    Args:
-        resumed: they are a checkpoint's, so that the advice cannot be to change one.
-    """
+def check_options(options: Options) -> None:
+    """UsageError for options that do not go together."""
     drops, ratio = len(options.epoch_step), options.lr_decay_ratio
     for name, rate in (("lr", options.lr), ("lrg", options.lrg)):
         if rate and math.log(rate) + drops * math.log(ratio) >= math.log(HUGE):
@@ -379,28 +375,20 @@ def check_options(options: Options, resumed: bool) -> None:
             "--device cuda: no CUDA device is available; use --device cpu, or check with nvidia-smi"
         )
     size, here, gpus = distributed.world_size(), distributed.local_world_size(), torch.cuda.device_count()
+    on_cpu, batch = choose_device(options.device).type == "cpu", options.batch_size
     if size > 1 and options.ngpu not in (1, size):
         raise UsageError(f"--ngpu {options.ngpu}: torchrun has started {size} processes; leave it out")
-    if size > 1 and choose_device(options.device).type == "cuda" and here > gpus:
+    if size > 1 and not on_cpu and here > gpus:
         raise UsageError(f"{here} processes on this machine need as many GPUs, and it has {gpus}")
-    if not (options.eval or (options.summary and resumed)):
-        check_training(options, size, resumed)
-
-
-def check_training(options: Options, size: int, resumed: bool) -> None:
-    """UsageError for what `size` processes, each on its device, cannot train."""
-    batch, on_cpu = options.batch_size, choose_device(options.device).type == "cpu"
+    if options.eval or options.summary:
+        return
     if on_cpu and options.dtype == "float16":
-        advice = "train a run that was made with it on one" if resumed else "use float32 or bfloat16"
-        raise UsageError(f"--dtype float16 needs a GPU (it crawls on the CPU); {advice}")
+        raise UsageError("--dtype float16 needs a GPU; a CPU trains in float32 or bfloat16")
     if on_cpu and options.sync_bn:
-        advice = "train a run that was made with it on one" if resumed else "leave it out"
-        raise UsageError(f"--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU; {advice}")
+        raise UsageError("--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU")
     if batch % size:
-        nearest = f"the nearest is {max(1, round(batch / size)) * size}"
         divisors = ", ".join(str(count) for count in range(1, min(batch, 1000) + 1) if batch % count == 0)
-        advice = f"the run goes on with one of {divisors} processes" if resumed else nearest
-        raise UsageError(f"--batchSize {batch} does not divide among {size} processes; {advice}")
+        raise UsageError(f"--batchSize {batch} does not divide among {size} processes; it does among {divisors}")
     if options.model in VGGS and batch == size:
-        advice = "take fewer processes" if resumed else f"use at least {2 * size}"
+        advice = "it needs two images or more in each process"
         raise UsageError(f"--batchSize {batch}: VGG normalizes each feature over the batch; {advice}")

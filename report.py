@@ -10,9 +10,8 @@ import shlex
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import cv2
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
 from options import Options, model_name
-from utils import CONFIG, LOG, counted, environment, git_commit, printable, write_json, write_whole
+from utils import CONFIG, LOG, counted, environment, git_commit, printable, write_whole
 
 if TYPE_CHECKING:
     from main import Training
@@ -34,20 +33,18 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------ the console
 
 
-def print_start(
-    options: Options, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> None:
+def print_start(options: Options, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The options, the device, every parameter with its shape and group, and the totals."""
     words = ", ".join(f"{name} {value}" for name, value in options.of_run().items())
     print(textwrap.fill(printable(f"options: {words}"), 80, subsequent_indent="  "))
-    where = environment(device)
+    where = environment(next(model.parameters()).device)
     print(f"device: {where['device']}, {where['threads']} threads, torch {where['torch']}")
     if (size := distributed.world_size()) > 1:
         print(f"processes: {size}, {options.batch_size // size} images of each batch to each")
     group_of = group_names(optimizer)
     totals: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
-        print(f"  {name:34} {shape_text(p):19} {group_of[p]}")
+        print(f"  {name:34} {' x '.join(map(str, p.shape)):19} {group_of[p]}")
         total = totals.setdefault(group_of[p], [0, 0])
         total[0] += 1
         total[1] += p.numel()
@@ -59,18 +56,6 @@ def print_start(
 def group_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
     """The name of each parameter's group."""
     return {p: group["name"] for group in optimizer.param_groups for p in group["params"]}
-
-
-def shape_text(p: Tensor) -> str:
-    """As 64 x 32 x 3 x 3."""
-    return " x ".join(map(str, p.shape))
-
-
-def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Of a forward pass of images (B, 3, 32, 32); leaves the model in evaluation mode."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(images)
-    return counter.get_total_flops() // 2
 
 
 @torch.no_grad()
@@ -90,12 +75,22 @@ def print_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         print(f"{line} {group_of[p].partition(', ')[0]}")
 
 
-def print_epoch(options: Options, stats: dict) -> None:
-    """The line of a finished epoch."""
-    train = f"train loss {stats['train_loss']:.4f} error {100 - stats['train_acc']:5.2f}%"
-    test = f"test {stats['test_loss']:.4f} {100 - stats['test_acc']:5.2f}%"
-    speed = f"{stats['images_per_sec']:.0f} img/s"
-    print(f"epoch {stats['epoch']:3d}/{options.epochs}  {train}  {test}  {speed}", flush=True)
+def print_summary(
+    options: Options, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict | None
+) -> None:
+    """`print_start`, the weights of a checkpoint if there is one, and multiply-adds."""
+    print_start(options, model, optimizer)
+    if state:
+        model.load_state_dict(state["model"])
+        print_weights(model, optimizer)
+    print(f"multiply-adds of one image: {multiply_adds(model):,}")
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Of a forward pass of one image; leaves the model in evaluation mode."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
+    return counter.get_total_flops() // 2
 
 
 def print_stopped(t: "Training", reason: str, steps: int) -> None:
@@ -110,10 +105,9 @@ def print_stopped(t: "Training", reason: str, steps: int) -> None:
 
 def print_finished(t: "Training") -> None:
     """The last test error, and where the logs are."""
-    print(
-        f"finished {counted(t.epoch, 'epoch')}: test error {100 - t.history[-1]['test_acc']:.2f}%;", end=" "
-    )
-    print(f"logs are in {printable(str(t.options.save))}")
+    error = 100 - t.history[-1]["test_acc"]
+    where = printable(str(t.options.save))
+    print(f"finished {counted(t.epoch, 'epoch')}: test error {error:.2f}%; logs are in {where}")
 
 
 def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
@@ -138,59 +132,14 @@ def print_evaluation(t: "Training", logits: Tensor, labels: Tensor) -> None:
         print(f"  {name:30} {len(mine):7,} images  {error}")
 
 
-class Progress:
-    """The bar of an epoch on a terminal, and its clock.
-
-    Args:
-        title: as `epoch 3/200`. steps: of the whole epoch. done: of them before this process's first one.
-        batch_size: images in a step.
-    """
-
-    FORM = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"  # fits 80 columns
-
-    def __init__(self, title: str, steps: int, done: int, batch_size: int):
-        self.done, self.batch_size = done, batch_size
-        self.started = time.perf_counter()
-        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
-        form = {"bar_format": self.FORM, "leave": False, "disable": hidden}
-        self.bar = tqdm(total=steps, initial=done, desc=title, **form)
-
-    def step(self) -> None:
-        """One step more."""
-        self.bar.update()
-
-    def show(self, loss: float, error: float, steps: int) -> None:
-        """Mean loss and error in % so far, and the speed."""
-        speed = (steps - self.done) * self.batch_size / self.seconds()
-        self.bar.set_postfix_str(f"loss {loss:.4f}, error {error:.2f}%, {speed:.0f} img/s")
-
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.started
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
+def progress_bar(title: str, steps: int, done: int) -> tqdm:
+    """The bar of an epoch on rank 0's terminal, within 80 columns; `done` of its steps are made already."""
+    hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+    form = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+    return tqdm(total=steps, initial=done, desc=title, bar_format=form, leave=False, disable=hidden)
 
 
 # ------------------------------------------------------------------------------------------- files of the run
-
-
-@contextmanager
-def disk_errors_said_once() -> Iterator[None]:
-    """What TensorBoard's thread meets on the disk is raised at the next flush, and not printed before."""
-    before = threading.excepthook
-
-    def of_thread(args: threading.ExceptHookArgs) -> None:
-        its_thread = type(args.thread).__module__.startswith("tensorboard")
-        if not (its_thread and issubclass(args.exc_type, OSError)):
-            before(args)
-
-    threading.excepthook = of_thread
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 def write_config(t: "Training") -> None:
@@ -204,7 +153,8 @@ def write_config(t: "Training") -> None:
     }
     run = {"options": t.options.of_run(), "model": model_name(t.options), "data": t.data.description()}
     call = {**environment(t.device), "versions": versions, "git_commit": git_commit()}
-    write_json(t.options.save / CONFIG, {**run, "weights_from": t.weights_from, **call})
+    text = json.dumps({**run, "weights_from": t.weights_from, **call}, indent=2) + "\n"
+    write_whole(t.options.save / CONFIG, lambda file: file.write(text.encode()))
 
 
 def epoch_statistics(
@@ -291,7 +241,10 @@ class RunLog:
             if value is not None:
                 self._add_scalar(tag, value, stats["epoch"])
         self.writer.flush()
-        print_epoch(self.options, stats)
+        train = f"train loss {stats['train_loss']:.4f} error {100 - stats['train_acc']:5.2f}%"
+        test = f"test {stats['test_loss']:.4f} {100 - stats['test_acc']:5.2f}%"
+        speed = f"{stats['images_per_sec']:.0f} img/s"
+        print(f"epoch {stats['epoch']:3d}/{self.options.epochs}  {train}  {test}  {speed}", flush=True)
 
     def _add_scalar(self, tag: str, value: float, step: int) -> None:
         from torch.utils.tensorboard.summary import scalar
@@ -316,13 +269,30 @@ class RunLog:
         for summary in hparams_summaries(hparams, metrics):
             self.writer.file_writer.add_summary(summary, stats["epoch"])
 
-    def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        self.writer.close()
-
 
 def _log_line(stats: dict) -> str:
     return f"json_stats: {json.dumps(stats)}\n"
+
+
+@contextmanager
+def run_log(options: Options, history: list[dict]) -> Iterator[RunLog | None]:
+    """Rank 0's RunLog, closed at the end; None on other ranks.
+
+    What TensorBoard's thread meets on the disk is raised at the next flush, and not printed before.
+    """
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        its_thread = type(args.thread).__module__.startswith("tensorboard")
+        if not (its_thread and issubclass(args.exc_type, OSError)):
+            before(args)
+
+    before, threading.excepthook = threading.excepthook, of_thread
+    try:
+        log = RunLog(options, history) if distributed.rank() == 0 else None
+        with closing(log.writer) if log else nullcontext():
+            yield log
+    finally:
+        threading.excepthook = before
 
 
 # ------------------------------------------------------------------------------------------------ diagnostics

@@ -4,7 +4,6 @@ A run is a directory: `config.json`, `log.txt`, TensorBoard events, `checkpoint.
 that reads results reads such directories; everything that resumes needs only the directory.
 """
 
-import errno
 import fcntl
 import itertools
 import json
@@ -19,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,9 +65,8 @@ def answer(run: Callable[[], int]) -> int:
         if lost := distributed.connection_error(error):
             return say(lost, 1) if distributed.rank() == 0 else 1
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = " ".join(str(error).split("\n\n")[0].split())[:200]
             advice = "it needs a C++ compiler, or on a GPU Triton; leave it out"
-            return say(f"--compile failed ({reason}); {advice}", 1)
+            return say(f"--compile failed ({reason(error)}); {advice}", 1)
         if not is_out_of_memory(error):
             raise
         return say("out of memory; choose a smaller --batchSize, --width or --depth", 1)
@@ -91,6 +89,12 @@ def say(sentence: str, code: int) -> int:
     """Print it as an error of main.py, and give the exit code back."""
     print(f"main.py: error: {printable(sentence)}", file=sys.stderr)
     return code
+
+
+def reason(error: BaseException) -> str:
+    """What it says, on one line without a closing full stop; of an error of the system its words alone."""
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return words[:200].rstrip(".:") or type(error).__name__
 
 
 def counted(number: int, word: str) -> str:
@@ -136,11 +140,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def _umask() -> int:
     os.umask(mask := os.umask(0))
     return mask
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def why_not_there(save: Path, continues: bool) -> str | None:
@@ -197,33 +196,31 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
     path = save / LOCK
     try:
         save.mkdir(parents=True, exist_ok=True)
-        if reason := why_not_there(save, continues):
-            raise UsageError(reason)
+        if problem := why_not_there(save, continues):
+            raise UsageError(problem)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); {other}") from error
-    holder = file.read().decode(errors="replace").strip()
-    problem = None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        problem = f"{save} cannot be locked ({error.strerror}); choose a --save on a local disk"
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            gone = f"(if that machine is gone, remove {path} and try again)"
-            problem = (
-                f"{save} is being written by {holder or 'another process'}; wait for it, or {other} {gone}"
-            )
-    if problem is None and os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
-        problem = f"{save} has just been left by another run; try again"
-    if problem is None and not re.match(r"(process \d+ on |$)", holder):
-        problem = f"{path} was not written by main.py and is left as it is; {other}"
-    if problem:
-        file.close()
-        raise UserError(problem)
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {platform.node()}".encode())
-    file.flush()
+    with ExitStack() as at_an_error:
+        at_an_error.callback(file.close)
+        holder = file.read().decode(errors="replace").strip()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            way = f"wait for it, or {other} (if that machine is gone, remove {path} and try again)"
+            raise UserError(f"{save} is being written by {holder or 'another process'}; {way}") from error
+        except OSError as error:
+            why = f"{save} cannot be locked ({error.strerror})"
+            raise UserError(f"{why}; choose a --save on a local disk") from error
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
+            raise UserError(f"{save} has just been left by another run; try again")
+        if not re.match(r"(process \d+ on |$)", holder):
+            raise UserError(f"{path} was not written by main.py and is left as it is; {other}")
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        file.flush()
+        at_an_error.pop_all()
     for half in itertools.chain(*(save.glob(f".{name}.*.tmp") for name in (CONFIG, LOG, CHECKPOINT))):
         half.unlink()  # of a run that was killed in `write_whole`
     return file
