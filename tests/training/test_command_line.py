@@ -314,20 +314,11 @@ class TestOtherImages:
         outcome = call("--resume", save, "--eval", "--dataroot", other)
         assert_one_sentence(outcome, 1, "differ in .*class1.*dog")
 
-    def test_what_an_older_checkpoint_does_not_hold_is_said(self, finished, other, tmp_path):
-        path, state = tmp_path / "old.pt", load(finished["SGD"][0])
-        words = ["--resume", path, "--eval"]
-        del state["classes"]
-        torch.save(state, path)
-        out = call(*words, "--dataroot", other).out
-        assert "matched by their order" in out
-        assert out.splitlines()[-4:] == call("--resume", finished["SGD"][0], "--eval").out.splitlines()[-4:]
-        outcome = call(*words, "--dataset", "digits")
-        assert_one_sentence(outcome, 1, "digits has 10 classes", "network 3")
-        del state["statistics"]
-        torch.save(state, path)
-        assert_one_sentence(call(*words, "--dataroot", other), 1, "only be evaluated on these")
-        assert call(*words).code == 0
+    def test_classes_of_an_older_checkpoint_are_matched_by_their_order(self, finished, other, tmp_path):
+        save, state = finished["SGD"][0], load(finished["SGD"][0])
+        torch.save({k: v for k, v in state.items() if k != "classes"}, tmp_path / "old.pt")
+        out = call("--resume", tmp_path / "old.pt", "--eval", "--dataroot", other).out
+        assert out.splitlines()[-4:] == call("--resume", save, "--eval").out.splitlines()[-4:]
 
     def test_held_out_images_are_tested_on_but_by_choice_the_test_set(self, tiny, other, tmp_path):
         save, words = tmp_path / "run", ["--resume", tmp_path / "run", "--eval"]
