@@ -160,18 +160,9 @@ def write_images(dataset, root, monkeypatch):
 @pytest.mark.parametrize(("dataset", "method"), RATES)
 def test_hyperparameters_of_a_started_run(dataset, method, tmp_path, monkeypatch):
     write_images(dataset, tmp_path, monkeypatch)
-    one_step = ["--max_minutes", 1e-9, "--batchSize", 4, "--depth", 10, "--width", 1]
-    flags = [
-        "--dataset",
-        dataset,
-        "--dataroot",
-        tmp_path,
-        "--optim_method",
-        method,
-        "--save",
-        tmp_path / "run",
-    ]
-    assert call(*flags, *one_step).code == 0
+    flags = ["--dataset", dataset, "--dataroot", tmp_path, "--optim_method", method, "--batchSize", 4]
+    flags += ["--max_minutes", 1e-9, "--depth", 10, "--width", 1, "--save", tmp_path / "run"]
+    assert call(*flags).code == 0
     state, (lr, lrg, bn_decay) = load(tmp_path / "run"), RATES[dataset, method]
     options = {"lr": lr, "lrg": lrg, "bn_decay": bn_decay, "momentum": 0.9, "weight_decay": 5e-4}
     options |= dict.fromkeys(("omega", "grad_clip"), None if method == "SGD" else 0.1)
