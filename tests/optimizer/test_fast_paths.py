@@ -62,7 +62,7 @@ def step(optimizer, way):
 
 
 def make_weights(way):
-    """Weights stored in different ways, with rows of any length; three have as many rows and columns."""
+    """The same at each call: stored in different ways, of rows of any length, three alike as (rows, n)."""
     torch.manual_seed(0)
     shapes = (4, 3, 3, 3), (8, 4, 3, 3), (4, 3, 3, 3), (5, 14), (4, 27), (2, 300), (5, 60), (5, 60), (3, 9)
     weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
@@ -86,7 +86,7 @@ def test_steps_are_the_rule_and_gradients_are_read_only(Optimizer, way):
     adam = {"beta2": 0.95, "epsilon": 1e-3} if Optimizer is AdamG else {}
     for omega, grad_clip in ((0.0, None), (0.1, 1.0)):
         options = {"lr": 0.3, "momentum": 0.7, "omega": omega, "grad_clip": grad_clip, **adam}
-        params = [nn.Parameter(w.clone()) for w in weights]
+        params = list(map(nn.Parameter, make_weights(way)))
         optimizer = Optimizer(params, grassmann=True, **options)
         for given in zip(*gradients, strict=True):
             for p, g in zip(params, given, strict=True):
