@@ -430,7 +430,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("(along.abs_() > _CANCELLED * h_norm).any()", "False", "fast nearly_along"),
         ("_BLOCK = 2**18", "_BLOCK = 2**22", "fast little_memory"),
         ("    @torch._disable_dynamo\n", "", "fast compiled"),
-        ("foreach=False, fused=fused", "foreach=None, fused=fused", "optimizer torchs_sgd"),
+        ("foreach=False, fused=fused", "foreach=not fused, fused=fused", "optimizer torchs_sgd"),
         ('in saved["state"].get(i', 'in state_dict["state"].get(i', "pytorch loaded_state"),
         ("        h = h - tl.sum(y * h, 0) * y\n", "", "fast nearly_along"),
         ("high.item() < _LONG and low.item() >= least", "True", "fast huge_and_tiny or are_the_rule"),
