@@ -88,16 +88,6 @@ def test_the_authors_step_counter_survives_the_underflow_of_their_powers():
         assert at_least <= optimizer.state[params_of(optimizer)[0]]["step"] <= steps
 
 
-@BOTH
-def test_a_group_that_left_the_manifold_is_saved_and_loaded(Optimizer):
-    first, second = (take_steps(make(Optimizer), [0]) for _ in range(2))
-    first.param_groups[0]["grassmann"] = False
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for optimizer in (first, second):
-        take_steps(optimizer, [1])
-    assert_close(params_of(second), params_of(first), rtol=0, atol=0)
-
-
 def test_an_older_torchs_none_is_no_momentum():
     optimizer = make(SGDG)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {1: {"momentum_buffer": None}}})
