@@ -425,6 +425,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("for _ in range(2):", "for _ in range(1):", "operators nearly_along"),
         ("(1 - beta2) * (h * h).sum(-1, keepdim=True)", "(1 - beta2) * (g * g).sum(-1, keepdim=True)", "fast are_the_rule"),
         ("parallel_translate(m, y, d), v", "m, v", "fast are_the_rule"),
+        ("torch.stack(steps)", "torch.stack(steps[:1] * len(steps))", "fast are_the_rule"),
         ("h_norm.mul_(clip)", "h_norm.mul_(1)", "fast are_the_rule"),
         ("(v_ + epsilon).sqrt_()", "(v_.sqrt() + epsilon)", "paper adamg"),
         ("(along.abs_() > _CANCELLED * h_norm).any()", "False", "fast nearly_along"),
