@@ -32,8 +32,8 @@ def make_groups(params):
 
 def assert_same(a, b):
     """The optimizers have the same weights and state, bit for bit."""
-    (p, x), (q, y) = ((params_of(o), o.state_dict()["state"]) for o in (a, b))
-    assert_close((p, x), (q, y), rtol=0, atol=0)
+    first, second = ((params_of(optimizer), optimizer.state_dict()["state"]) for optimizer in (a, b))
+    assert_close(first, second, rtol=0, atol=0)
 
 
 def through_a_file(thing):
