@@ -45,6 +45,7 @@ WAYS = ["in blocks", "in small blocks", "by the kernel", "inside autocast", "wit
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """One of WAYS, which `step` takes."""
+    torch.manual_seed(0)
     monkeypatch.setattr(go, "_KERNEL_DEVICE", DEVICE if request.param == "by the kernel" else None)
     if request.param == "in small blocks":
         monkeypatch.setattr(go, "_BLOCK", 100)  # elements: one row or a few
