@@ -372,10 +372,9 @@ def test_a_run_of_a_wrn_is_the_plain_loop(method, epoch_step, images, tmp_path):
     assert_run_is_plain_loop(setting(method, epoch_step=epoch_step), tmp_path / "run", *images)
 
 
-@pytest.mark.parametrize("epoch_step", [[1], []])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_a_vgg_is_the_plain_loop(method, epoch_step, images, tmp_path):
-    slow = setting(method, model="vgg11", batchSize=20, lr=0.002, lrg=0.004, epoch_step=epoch_step)
+def test_a_run_of_a_vgg_is_the_plain_loop(method, images, tmp_path):
+    slow = setting(method, model="vgg11", batchSize=20, lr=0.002, lrg=0.004)
     assert_run_is_plain_loop(slow, tmp_path / "run", *images)
 
 
