@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,13 +26,6 @@ import grassmann_optimizer as go
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float32: "*fp32", int: "i32", float: "fp32", type(None): "constexpr"}
-
-
-class Launches:
-    """In place of the kernel: what the optimizer launches it with."""
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: setattr(self, "last", (arguments, options))
 
 
 def resources(kernel, arguments, options, capability: int) -> tuple[int, int]:
@@ -50,16 +45,15 @@ def resources(kernel, arguments, options, capability: int) -> tuple[int, int]:
 
 
 def main(capabilities: str, lengths: str) -> None:
-    kernel, go._advance_kernel = go._advance_kernel, Launches()
-    found = []
-    for capability in map(int, capabilities.split()):
-        for n in map(int, lengths.split()):
-            for method in ("SGD-G", "Adam-G"):
-                y, v = torch.zeros(2, n), torch.zeros(2, 1) if method == "Adam-G" else None
-                go._launch(y, y, y, v, torch.zeros(1), 0, decay=0.9, grad_clip=0.1)
-                found.append(
-                    [capability, n, method, *resources(kernel, *go._advance_kernel.last, capability)]
-                )
+    kernel, launches, found = go._advance_kernel, [], []  # arguments and options, instead of a launch
+    go._advance_kernel = defaultdict(
+        lambda: lambda *arguments, **options: launches.append((arguments, options))
+    )
+    for capability, n in product(map(int, capabilities.split()), map(int, lengths.split())):
+        for method, v in {"SGD-G": None, "Adam-G": torch.zeros(2, 1)}.items():
+            y = torch.zeros(2, n)
+            go._launch(y, y, y, v, torch.zeros(1), 0, decay=0.9, grad_clip=0.1)
+            found.append([capability, n, method, *resources(kernel, *launches.pop(), capability)])
     print(json.dumps(found))
 
 

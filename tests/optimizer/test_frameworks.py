@@ -1,4 +1,4 @@
-"""Other people's frameworks around both optimizers, really run, by the lines of docs/frameworks.md.
+"""Other people's tools around both optimizers, really run, by the lines of docs/frameworks.md.
 
 What is not installed is skipped: requirements-frameworks.txt has it all.
 """
@@ -9,12 +9,11 @@ import re
 import subprocess
 import sys
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
+from optimizer.steps import BOTH
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,18 +23,21 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
+import grassmann_optimizer as go
 from grassmann_optimizer import SGDG, AdamG, grassmann_param_groups
 
-BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+OF_PAGE = [DistributedDataParallel, ZeroRedundancyOptimizer, fully_shard, get_state_dict, set_state_dict]
+OF_PAGE.append(grassmann_param_groups)
 
 
-def run_lines(name, Optimizer, **names):
+def run_lines(name, Optimizer=SGDG, **names):
     """Run the lines of the page's row with these names and the optimizer for SGDG; all names."""
     page = (ROOT / "docs" / "frameworks.md").read_text()
     (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", page, flags=re.M)
-    names |= {"torch": torch, "SGDG": Optimizer, "grassmann_param_groups": grassmann_param_groups}
+    names |= {"torch": torch, "SGDG": Optimizer, **{thing.__name__: thing for thing in OF_PAGE}}
     exec("\n".join(re.findall("`(.+?)`", row)), names)
     return names
 
@@ -58,6 +60,10 @@ def images(count=8):
     return torch.randn(count, 3, 6, 6, generator=generator), torch.arange(count) % 5
 
 
+def batches(count):
+    return DataLoader(list(zip(*images(count), strict=True)), batch_size=4)
+
+
 def fit(model, optimizer, x, labels, steps=3):
     for _ in range(steps):
         optimizer.zero_grad()
@@ -66,96 +72,66 @@ def fit(model, optimizer, x, labels, steps=3):
 
 
 def assert_same(model, other):
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def assert_on_grassmann(model):
-    for i in (0, 3):
-        assert_close(model.body[i].weight.detach().flatten(1).norm(dim=1), torch.ones(5 + 2 * (i > 0)))
+    lengths = torch.cat([model.body[i].weight.detach().flatten(1).norm(dim=1) for i in (0, 3)])
+    assert_close(lengths, torch.ones(12))
 
 
 # --------------------------------------------------------------------------------------- torch, two processes
 
 
-def in_processes(work, folder, *arguments, count=2):
-    """Run this file's function work(rank, folder, *arguments) in new processes; returns what they return."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", *sys.path)))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, work, str(rank), str(folder), *arguments],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(count)
-    ]
-    assert [rank.wait() for rank in ranks] == [0] * count
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
-
-
 def whole(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
-def by_name(model, state):
-    """A state dict's state, whole, by the names of the parameters."""
-    return {
-        name: {key: whole(t).clone() for key, t in state[p].items()} for name, p in model.named_parameters()
-    }
-
-
-WRAPPERS = {
-    "DistributedDataParallel": DistributedDataParallel,
-    "ZeroRedundancyOptimizer": ZeroRedundancyOptimizer,
-    "fully_shard": fully_shard,
-}
-CASES = [(name, Optimizer, 0.1) for name in list(WRAPPERS)[:2] for Optimizer in (SGDG, AdamG)]
-CASES += [("FSDP2", Optimizer, omega) for Optimizer in (SGDG, AdamG) for omega in (0.0, 0.1)]
+CASES = [("FSDP2", Optimizer, omega) for Optimizer in (SGDG, AdamG) for omega in (0.0, 0.1)]
+CASES += [("DistributedDataParallel", Optimizer, 0.1) for Optimizer in (SGDG, AdamG)]
+CASES += [("ZeroRedundancyOptimizer", Optimizer, 0.1) for Optimizer in (SGDG, AdamG)]
 
 
 def train_half(rank, folder):
-    patience = timedelta(seconds=60)
-    store = f"file://{folder}/store"
+    store, patience = f"file://{folder}/store", timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
+    x, labels = (t[rank::2] for t in images())
     results = []
-    for heading, Optimizer, omega in CASES:
-        make = partial(run_lines, heading, Optimizer, omega=omega, **WRAPPERS)
-        x, labels = (t[rank::2] for t in images())
-        made = make(model=Net())
+    for number, (heading, Optimizer, omega) in enumerate(CASES):
+        made = run_lines(heading, Optimizer, omega=omega, model=Net())
         model, optimizer = made["model"], made["optimizer"]
         fit(made.get("parallel", model), optimizer, x, labels)
-        results.append([[whole(p).detach() for p in model.parameters()], None])
-        if heading == "ZeroRedundancyOptimizer":
+        zero = isinstance(optimizer, ZeroRedundancyOptimizer)
+        if zero:
             optimizer.consolidate_state_dict(to=0)
-            results[-1][1] = optimizer.state_dict()["state"] if rank == 0 else None
-        else:
-            results[-1][1] = by_name(model, optimizer.state)
+        state = {} if zero and rank else optimizer.state_dict()["state"]
+        results.append(tree_map(whole, [list(model.parameters()), state]))
         if heading == "FSDP2":
-            resume_elsewhere(make, model, optimizer, f"{folder}/{Optimizer.__name__}{omega}", x, labels)
+            fresh = run_lines(heading, Optimizer, omega=omega, model=Net())
+            resume_elsewhere(made, fresh, f"{folder}/{number}", x, labels)
     for Optimizer in (SGDG, AdamG):
         refuse_other_shards(Optimizer)
         load_what_zero_left_out(Optimizer, rank)
     return results
 
 
-def resume_elsewhere(make, model, optimizer, folder, x, labels):
+def resume_elsewhere(made, fresh, folder, x, labels):
     """By torch.distributed.checkpoint, from a fresh optimizer whose rows are of any length."""
-    names = {"get_state_dict": get_state_dict, "set_state_dict": set_state_dict, "folder": folder}
-    run_lines("saving by torch.distributed.checkpoint", SGDG, model=model, optimizer=optimizer, **names)
-    made = make(model=Net())
-    fresh, resumed = made["model"], made["optimizer"]
+    run_lines("saving by torch.distributed.checkpoint", **made, folder=folder)
     with torch.no_grad():
-        for p in fresh.parameters():
+        for p in fresh["model"].parameters():
             p.mul_(1.3)
-    before = parts(fresh)
-    get_state_dict(fresh, resumed)
+    before = copy.deepcopy(parts(fresh))
+    get_state_dict(fresh["model"], fresh["optimizer"])
     assert all(map(torch.equal, parts(fresh), before))
-    run_lines("loading by torch.distributed.checkpoint", SGDG, model=fresh, optimizer=resumed, **names)
-    fit(model, optimizer, x, labels)
-    fit(fresh, resumed, x, labels)
-    assert all(map(torch.equal, parts(fresh), parts(model)))
+    run_lines("loading by torch.distributed.checkpoint", **fresh, folder=folder)
+    for names in (made, fresh):
+        fit(names["model"], names["optimizer"], x, labels)
+    assert all(map(torch.equal, parts(fresh), parts(made)))
 
 
-def parts(model):
-    return [p.to_local().detach().clone() for p in model.parameters()]
+def parts(made):
+    return [p.to_local().detach() for p in made["model"].parameters()]
 
 
 def refuse_other_shards(Optimizer):
@@ -183,39 +159,39 @@ def load_what_zero_left_out(Optimizer, rank):
     """A consolidated state has None for a parameter that has had no gradient."""
     p, idle = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
     zero = ZeroRedundancyOptimizer([p, idle], optimizer_class=Optimizer, lr=0.1, grassmann=True)
-    for _ in range(2):
-        p.grad = torch.ones(4, 6)
-        zero.step()
-        zero.consolidate_state_dict(to=0)
-        if rank == 0:
-            state = zero.state_dict()
-            state["state"][1] = state["state"].get(1)
-            one = Optimizer([p, idle], grassmann=True)
-            one.load_state_dict(state)
-            assert list(one.state) == [p]
+    p.grad = torch.ones(4, 6)
+    zero.step()
+    zero.consolidate_state_dict(to=0)
+    if rank == 0:
+        state = zero.state_dict()
+        state["state"][1] = state["state"].get(1)
+        one = Optimizer([p, idle], grassmann=True)
+        one.load_state_dict(state)
+        assert list(one.state) == [p]
 
 
 def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
-    first, second = in_processes("train_half", tmp_path)
-    for (heading, Optimizer, omega), (ours, state), (others, _) in zip(CASES, first, second, strict=True):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", *sys.path)))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, str(tmp_path)]
+    ranks = [subprocess.Popen([*words, str(rank)], env=environment) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for (heading, Optimizer, omega), (ours, state), (others, _) in zip(CASES, *results, strict=True):
         model = Net()
         optimizer = Optimizer(grassmann_param_groups(model, 0.1, 0.4, omega=omega))
         fit(model, optimizer, *images())
-        for p, a, b in zip(model.parameters(), ours, others, strict=True):
-            assert torch.equal(a, b), heading
-            assert_close(a, p.detach(), rtol=0, atol=1e-6)
-        zero = heading == "ZeroRedundancyOptimizer"
-        expected = optimizer.state_dict()["state"] if zero else by_name(model, optimizer.state)
-        assert state.keys() == expected.keys()
-        for i, values in expected.items():
-            for key, value in values.items():
-                assert_close(state[i][key], value, rtol=0, atol=1e-6)
+        assert all(map(torch.equal, ours, others)), heading
+        assert_close(ours, list(model.state_dict().values()), rtol=0, atol=1e-6)
+        assert_close(state, optimizer.state_dict()["state"], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ trainers
 
 
-def lightning_module(Optimizer):
+@BOTH
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(Optimizer, tmp_path):
     lightning = pytest.importorskip("lightning")
 
     class Lit(lightning.LightningModule):
@@ -229,59 +205,19 @@ def lightning_module(Optimizer):
 
         configure_optimizers = run_lines("Lightning", Optimizer)["configure_optimizers"]
 
-    return lightning, Lit()
+    def train(epochs, start=None):
+        options = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "max_epochs": epochs}
+        options |= {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        trainer = lightning.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **options)
+        model = Lit()
+        trainer.fit(model, batches(24), ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model.net
 
-
-def lightning_trainer(lightning, folder, epochs, **more):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    options = {"accelerator": "cpu", "max_epochs": epochs, "default_root_dir": folder, **quiet}
-    return lightning.Trainer(**{"devices": 1, **options, **more})
-
-
-@BOTH
-@pytest.mark.filterwarnings("ignore")
-def test_lightning(Optimizer, tmp_path):
-    """Clips and accumulates as the plain loop does; a saved run goes on bit for bit."""
-    loader = DataLoader(list(zip(*images(24), strict=True)), batch_size=4)
-    more = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
-    lightning, model = lightning_module(Optimizer)
-    lightning_trainer(lightning, tmp_path, 4, **more).fit(model, loader)
-    plain = Net()
-    optimizer = Optimizer(grassmann_param_groups(plain, 0.1, 0.4))
-    for _ in range(4):
-        for i, (x, labels) in enumerate(loader):
-            (cross_entropy(plain(x), labels) / 2).backward()
-            if i % 2:
-                nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-                optimizer.step()
-                optimizer.zero_grad()
-    for p, q in zip(model.net.parameters(), plain.parameters(), strict=True):
-        assert_close(p, q, rtol=0, atol=1e-6)
-    _, stopped = lightning_module(Optimizer)
-    trainer = lightning_trainer(lightning, tmp_path, 2, **more)
-    trainer.fit(stopped, loader)
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    _, resumed = lightning_module(Optimizer)
-    lightning_trainer(lightning, tmp_path, 4, **more).fit(resumed, loader, ckpt_path=tmp_path / "two.ckpt")
-    assert_same(model, resumed)
-
-
-def fit_by_lightning_on_two(rank, folder, name):
-    """Lightning forks, which only a process can that has not trained yet."""
-    lightning, model = lightning_module({"SGDG": SGDG, "AdamG": AdamG}[name])
-    loader = DataLoader(list(zip(*images(), strict=True)), batch_size=4)
-    lightning_trainer(lightning, folder, 3, strategy="ddp_fork", devices=2).fit(model, loader)
-    return [p.detach() for p in model.net.parameters()]
-
-
-@BOTH
-def test_lightning_on_two_processes(Optimizer, tmp_path):
-    pytest.importorskip("lightning")
-    (found,) = in_processes("fit_by_lightning_on_two", tmp_path, Optimizer.__name__, count=1)
-    plain = Net()
-    fit(plain, Optimizer(grassmann_param_groups(plain, 0.1, 0.4)), *images())
-    for p, q in zip(found, plain.parameters(), strict=True):
-        assert_close(p, q.detach(), rtol=0, atol=1e-6)
+    trained = train(4)
+    assert_on_grassmann(trained)
+    train(2)
+    assert_same(train(4, start=tmp_path / "2.ckpt"), trained)
 
 
 class WithLoss(nn.Module):
@@ -306,9 +242,8 @@ def test_transformers(Optimizer, tmp_path):
     def train(folder, **more):
         options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
         options |= {"max_steps": 6, "save_steps": 3, "use_cpu": True, "report_to": [], "disable_tqdm": True}
-        arguments = transformers.TrainingArguments(str(folder), **options)
-        names = {"model": WithLoss(), "arguments": arguments, "data": data, "Trainer": transformers.Trainer}
-        made = run_lines("Transformers", Optimizer, **names)
+        names = {"arguments": transformers.TrainingArguments(str(folder), **options), "data": data}
+        made = run_lines("Transformers", Optimizer, model=WithLoss(), Trainer=transformers.Trainer, **names)
         made["trainer"].train(**more)
         return made["model"].net, made["optimizer"]
 
@@ -323,29 +258,24 @@ def test_transformers(Optimizer, tmp_path):
 def test_accelerate(Optimizer, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    loader = DataLoader(list(zip(*images(16), strict=True)), batch_size=4)
+    names = {"accelerator": accelerator, "model": Net(), "loader": batches(16)}
+    made = run_lines("Accelerate", Optimizer, **names)
+    model, optimizer = made["model"], made["optimizer"]
 
-    def prepare():
-        made = run_lines("Accelerate", Optimizer, accelerator=accelerator, model=Net(), loader=loader)
-        return made["model"], made["optimizer"], made["loader"]
-
-    def epoch(model, optimizer, batches):
-        for x, labels in batches:
+    def epoch():
+        for x, labels in made["loader"]:
             with accelerator.accumulate(model):
                 accelerator.backward(cross_entropy(model(x), labels))
                 accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
 
-    model, optimizer, batches = prepare()
-    epoch(model, optimizer, batches)
+    epoch()
     accelerator.save_state(tmp_path)
-    saved = copy.deepcopy(model.state_dict())
-    epoch(model, optimizer, batches)
+    epoch()
     after = copy.deepcopy(model)
     accelerator.load_state(tmp_path)
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-    epoch(model, optimizer, batches)
+    epoch()
     assert_same(model, after)
     assert_on_grassmann(model)
 
@@ -356,10 +286,9 @@ def test_timm(Optimizer):
     from timm.scheduler import CosineLRScheduler
     from timm.utils import ModelEmaV3
 
-    model = Net()
     names = {"CosineLRScheduler": CosineLRScheduler, "ModelEmaV3": ModelEmaV3}
-    made = run_lines("timm", Optimizer, model=model, **names)
-    optimizer = made["optimizer"]
+    made = run_lines("timm", Optimizer, model=Net(), **names)
+    model, optimizer = made["model"], made["optimizer"]
     for epoch in range(6):
         made["schedule"].step(epoch)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -371,6 +300,51 @@ def test_timm(Optimizer):
     assert ((average > 0.9) & (average <= 1 + 1e-6)).all()
 
 
+# ------------------------------------------------------------------------------------------- other tools
+
+
+def test_cloudpickle_takes_the_class_by_value(tmp_path):
+    """As a notebook's classes go to other processes, which have no such module."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    cloudpickle.register_pickle_by_value(go)
+    (tmp_path / "class.pkl").write_bytes(cloudpickle.dumps(AdamG))
+    cloudpickle.unregister_pickle_by_value(go)
+    script = """if True:
+        import pickle, torch
+        p = torch.nn.Parameter(torch.eye(2, 5))
+        p.grad = torch.ones(2, 5)
+        pickle.load(open("class.pkl", "rb"))([p], grassmann=True, omega=0.1).step()
+        assert not torch.equal(p, torch.eye(2, 5))
+    """
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+TYPED = """
+import torch
+from torch import nn
+from grassmann_optimizer import SGDG, AdamG, ScaleInvariance, grassmann_param_groups, scale_invariance
+
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+optimizer: torch.optim.Optimizer = SGDG(grassmann_param_groups(model, lr=0.01, lrg=0.2, grad_clip=None))
+optimizer = AdamG([{"params": model.parameters()}], lr=0.1, beta2=0.9)
+optimizer.step()
+AdamG(model.parameters()).step(lambda: 1.0)
+optimizer.load_state_dict(optimizer.state_dict())
+found: list[ScaleInvariance] = scale_invariance(model, lambda net: net(torch.ones(2, 3, 8, 8)).sum())
+"""
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_typed_script_passes_its_checker(checker, tmp_path):
+    pytest.importorskip(checker)
+    (tmp_path / "script.py").write_text(TYPED)
+    (tmp_path / "grassmann_optimizer.py").write_text((ROOT / "grassmann_optimizer.py").read_text())
+    flags = ["--follow-imports=silent"] if checker == "mypy" else ["--pythonpath", sys.executable]
+    command = [sys.executable, "-m", checker, *flags, "script.py"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
 if __name__ == "__main__":
-    work, rank, folder, *arguments = sys.argv[1:]
-    torch.save(globals()[work](int(rank), Path(folder), *arguments), f"{folder}/{rank}.pt")
+    folder, rank = sys.argv[1:]
+    torch.save(train_half(int(rank), folder), f"{folder}/{rank}.pt")

@@ -1,4 +1,4 @@
-"""Properties of the operators on G(1, n), for any rows, and the symmetries of the trajectories."""
+"""Properties of the operators on G(1, n), for any rows, and where rounding counts."""
 
 import math
 import warnings
@@ -7,17 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.testing import assert_close
 
 import grassmann_optimizer as go
-from grassmann_optimizer import SGDG, AdamG, unit
+from grassmann_optimizer import unit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # geoopt scripts a function; torch calls that deprecated
     import geoopt
 
-BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 quick = settings(deadline=None, max_examples=30)
 lengths = st.one_of(st.just(0.0), st.floats(1e-12, 1e-3), st.floats(1e-3, 20.0))
 
@@ -40,9 +38,7 @@ def inner(a, b):
 
 
 def close(a, b, tolerance=1e-12):
-    assert_close(
-        a, b.expand_as(a) if isinstance(b, torch.Tensor) else torch.full_like(a, b), rtol=0, atol=tolerance
-    )
+    assert_close(a, torch.as_tensor(b, dtype=a.dtype).expand_as(a), rtol=0, atol=tolerance)
 
 
 @quick
@@ -57,51 +53,18 @@ def test_unit_splits_rows_into_directions_and_lengths(point, exponent):
 
 @quick
 @given(points())
-def test_the_exponential_map_stays_on_the_sphere_at_geodesic_distance_h(point):
-    y, h, _, length = point
-    z = go.exp_map(y, h)
-    close(z.norm(dim=-1), 1.0)
-    on_circle = abs(math.remainder(length, 2 * math.pi))
-    # atan2 of chords, not acos: exact for nearby and for opposite points too.
-    distance = 2 * torch.atan2((z - y).norm(dim=-1), (z + y).norm(dim=-1))
-    close(distance, on_circle)
-
-
-@quick
-@given(points(), st.floats(0, 1))
-def test_a_geodesic_can_be_walked_in_two_parts(point, part):
-    y, h, _, _ = point
-    z = go.exp_map(y, part * h)
-    rest = go.parallel_translate((1 - part) * h, y, part * h)
-    close(go.exp_map(z, rest), go.exp_map(y, h), 1e-11)
-
-
-@quick
-@given(points())
 def test_translation_is_an_isometry_into_the_new_tangent_space(point):
-    y, h, a, _ = point
+    y, h, a, length = point
     z, ta, th = go.exp_map(y, h), go.parallel_translate(a, y, h), go.parallel_translate(h, y, h)
     close(inner(ta, z), 0.0, 1e-11)
     close(inner(ta, ta), inner(a, a), 1e-11)
     close(inner(ta, th), inner(a, h), 1e-10)
-
-
-@quick
-@given(points())
-def test_translation_for_no_step_is_the_identity_and_undoes_itself_along_the_reversed_geodesic(point):
-    y, h, a, _ = point
+    close(th, h * math.cos(length) - y * length * math.sin(length), 1e-11)  # Eq. 9
+    u, _ = unit(h)
+    across = a - inner(u, a)[:, None] * u
+    close(go.parallel_translate(across, y, h), across)
     assert torch.equal(go.parallel_translate(a, y, torch.zeros_like(h)), a)
     assert torch.equal(go.exp_map(y, torch.zeros_like(h)), y)
-    z, back = go.exp_map(y, h), -go.parallel_translate(h, y, h)
-    close(go.exp_map(z, back), y, 1e-11)
-    close(go.parallel_translate(go.parallel_translate(a, y, h), z, back), a, 1e-11)
-
-
-@quick
-@given(points())
-def test_equation_9_is_equation_8_at_the_step_itself(point):
-    y, h, _, length = point
-    close(go.parallel_translate(h, y, h), h * math.cos(length) - y * length * math.sin(length), 1e-11)
 
 
 @quick
@@ -121,7 +84,9 @@ def test_projection_and_exponential_map_are_geoopts(point, along):
     y, h, a, _ = point
     sphere = geoopt.SphereExact()
     close(go.project(y, a + along * y), sphere.egrad2rgrad(y, a + along * y))
-    close(go.exp_map(y, h), sphere.expmap(y, h))
+    z = go.exp_map(y, h)
+    close(z, sphere.expmap(y, h))
+    close(z.norm(dim=-1), 1.0)
 
 
 @quick
@@ -160,59 +125,3 @@ def test_the_regularizers_small_part_is_not_lost_in_the_rows():
         layers = [(y.clone(), torch.zeros_like(y), torch.zeros_like(y), None) for _ in range(count)]
         for _, g, _, _ in go._add_regularizer([y] * count, layers, omega=0.25):
             assert g[0].tolist() == [a * a / 2, a / 2, 0]
-
-
-# ------------------------------------------------------------------------------------------- trajectories
-
-
-def trajectory(Optimizer, weight, gradients, **options):
-    """The weight after each step, (steps, *shape)."""
-    p = nn.Parameter(weight.clone())
-    options = {"lr": 0.2, "momentum": 0.9, "grassmann": True, "omega": 0.1, "grad_clip": 0.5, **options}
-    optimizer = Optimizer([p], **options)
-    weights = []
-    for g in gradients:
-        p.grad = g.clone()
-        optimizer.step()
-        weights.append(p.detach().clone())
-    return torch.stack(weights)
-
-
-@st.composite
-def weights(draw):
-    """A weight (rows, channels, 3, 3), undercomplete, and the gradients of six steps, in float64."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    rows, channels = draw(st.integers(2, 8)), draw(st.integers(1, 4))
-    weight, *gradients = torch.randn(7, rows, channels, 3, 3, generator=generator, dtype=torch.float64)
-    return weight, gradients, generator
-
-
-@BOTH
-@settings(deadline=None, max_examples=10)
-@given(weights())
-def test_permuting_rows_permutes_the_trajectory(Optimizer, drawn):
-    weight, gradients, generator = drawn
-    order = torch.randperm(len(weight), generator=generator)
-    permuted = trajectory(Optimizer, weight[order], [g[order] for g in gradients])
-    close(permuted, trajectory(Optimizer, weight, gradients)[:, order], 1e-10)
-
-
-@BOTH
-@settings(deadline=None, max_examples=10)
-@given(weights(), st.floats(1e-3, 1e3))
-def test_a_weights_length_leaves_the_trajectory_unchanged(Optimizer, drawn, length):
-    weight, gradients, _ = drawn
-    close(trajectory(Optimizer, length * weight, gradients), trajectory(Optimizer, weight, gradients), 1e-10)
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.floats(-3, 3), st.floats(-5, 5), st.floats(1e-3, 1), st.floats(0.01, 2) | st.none(), st.floats(-4, 4)
-)
-def test_in_the_plane_sgdg_rotates_by_lr_times_the_clipped_gradient(start, slope, lr, nu, along):
-    y = torch.tensor([[math.cos(start), math.sin(start)]], dtype=torch.float64)
-    tangent = torch.tensor([[-math.sin(start), math.cos(start)]], dtype=torch.float64)
-    options = {"lr": lr, "omega": 0, "grad_clip": nu}
-    got = trajectory(SGDG, y, [slope * tangent + along * y], **options)[0]
-    end = start - lr * math.copysign(min(abs(slope), nu or math.inf), slope)
-    close(got, torch.tensor([[math.cos(end), math.sin(end)]], dtype=torch.float64))
