@@ -1,9 +1,5 @@
-"""Whatever has happened to a file or a flag: one sentence and nothing lost, or a run that trains.
+"""Whatever has happened to a file or a flag: one sentence and nothing lost, or a run that trains."""
 
-Each case draws from a seed of its own, which its name shows; `long` ones draw for ten minutes in all.
-"""
-
-import copy
 import math
 import random
 import shutil
@@ -17,35 +13,23 @@ import main
 from checkpoint import load_checkpoint, reading
 from utils import UserError
 
-MANY = pytest.param(range(1000), marks=pytest.mark.long, id="many")
-ODD_VALUES = (
-    None, True, -1, 0, 7, 10**30, 2.5, math.nan, math.inf, "", "no good", "\udcff\n\x1b[31m|<b>", [],
-    [1, "a"], {}, {"epoch": 1}, {3: 4}, torch.zeros(3), torch.tensor(math.nan),
-    torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"),
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------- checkpoint
-
 
 @pytest.fixture(scope="module")
 def stopped(tiny, tmp_path_factory):
-    """For each method the directory of a run that was stopped after an epoch and a step."""
+    """For SGD and SGD-G the directory of a run that was stopped after an epoch and a step."""
     runs = {}
-    for method in METHODS:
+    for method in ("SGD", "SGDG"):
         runs[method] = tmp_path_factory.mktemp("stopped") / "run"
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, 8)
             assert call(*tiny(method, runs[method])).code == 143
-        assert (load(runs[method])["epoch"], load(runs[method])["batch"]) == (1, 1)
     return runs
 
 
-@pytest.mark.parametrize("seeds", [range(60), MANY])
-def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path, seeds):
+def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
     whole = (finished["AdamG"][0] / "checkpoint.pt").read_bytes()
     path, right, noticed = tmp_path / "checkpoint.pt", bits(load(finished["AdamG"][0])), 0
-    for seed in seeds:
+    for seed in range(60):
         draw, damaged = random.Random(seed), bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
@@ -53,31 +37,26 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path, seeds):
             assert bits(load_checkpoint(path)) == right, seed  # in what fills the file up
         except UserError:
             noticed += 1
-    assert noticed > len(seeds) / 2
+    assert noticed > 30
 
 
 @pytest.mark.parametrize("damage", [
-    lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-1],
-    lambda whole: bytes(range(256)) * 100, lambda whole: b"json_stats: {}\n",
+    lambda whole: b"", lambda whole: b"json_stats: {}\n", lambda whole: whole[:-1],
     lambda whole: bytes(len(whole) // 3) + whole[len(whole) // 3 :],
+    {}, [1, 2], torch.zeros(3), {"model": {}, "optimizer": {}, "options": {}, "epoch": 0},
 ])  # fmt: skip
-def test_a_checkpoint_that_is_not_whole_is_one_sentence_with_a_way_out(finished, tmp_path, damage):
-    content = damage((finished["SGDG"][0] / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    outcome = call("--resume", tmp_path)
-    assert_one_sentence(outcome, 1, rf"{tmp_path}/checkpoint\.pt is damaged", "resume from another one")
-    assert contents(tmp_path)["checkpoint.pt"] == content
-
-
-@pytest.mark.parametrize("value", [
-    {}, {"state_dict": {}, "epoch": 3}, [1, 2], torch.zeros(3),
-    {"model": {}, "optimizer": {}, "options": {}, "epoch": 0},
-    {"model": 1, "optimizer": 2, "options": 3, "epoch": 4},
-])  # fmt: skip
-def test_a_file_that_something_else_wrote_is_one_sentence(value, tmp_path):
-    torch.save(value, tmp_path / "checkpoint.pt")
+def test_what_is_no_whole_checkpoint_is_one_sentence_with_a_way_out(finished, tmp_path, damage):
+    """Damaged, or saved by something else; nothing is written beside it."""
+    path = tmp_path / "checkpoint.pt"
+    if callable(damage):
+        path.write_bytes(damage((finished["SGDG"][0] / "checkpoint.pt").read_bytes()))
+    else:
+        torch.save(damage, path)
+    before = contents(tmp_path)
     for flags in ([], ["--lr", "0.1"], ["--eval"]):
-        assert_one_sentence(call("--resume", tmp_path, *flags), 1, "damaged or of another model", "a new run")
+        outcome = call("--resume", tmp_path, *flags)
+        assert_one_sentence(outcome, 1, f"{path} is damaged or of another model", "resume from another one")
+    assert contents(tmp_path) == before
 
 
 def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
@@ -127,52 +106,19 @@ def test_a_part_that_cannot_be_the_runs_is_named(stopped, tmp_path, method, chan
     assert contents(save) == before
 
 
-def places(value, path=()):
-    """The ways to everything in nested dictionaries and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield (*path, key)
-        yield from places(item, (*path, key))
-
-
-def edited(state: dict, draw: random.Random, part: str | None) -> tuple[dict, str]:
-    """A copy with `part`, or else one value in a part, replaced, left out or added; and what was done."""
-    state = copy.deepcopy(state)
-    *way, key = [part] if part else draw.choice([place for place in places(state) if len(place) > 1])
-    parent = state
-    for step in way:
-        parent = parent[step]
-    kind = draw.choice(["replace"] * 6 + ["delete", "add"])
-    if kind == "delete":
-        del parent[key]
-    elif kind == "add" and isinstance(parent, dict):
-        parent["new"] = draw.choice(ODD_VALUES)
-    else:
-        parent[key] = draw.choice(ODD_VALUES)
-        kind = f"replace by {parent[key]!r}"
-    return state, f"{kind} {way} {key}"
-
-
-@pytest.mark.parametrize("seeds", [range(80), MANY])
-def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stopped, tmp_path, seeds):
-    """Every second time a whole part is another, in turn, else anything in one."""
-    for seed in seeds:
-        draw, save = random.Random(seed), tmp_path / "run"
-        shutil.rmtree(save, ignore_errors=True)
-        shutil.copytree(stopped[draw.choice(METHODS)], save)
-        state = load(save)
-        state, what = edited(state, draw, [*state][seed // 2 % len(state)] if seed % 2 else None)
-        torch.save(state, save / "checkpoint.pt")
+@pytest.mark.parametrize("value", [None, 7, math.nan, "\udcff\n", [1, "a"], {3: 4}, torch.zeros(3)])
+def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stopped, tmp_path, value):
+    state = load(stopped["SGDG"])
+    for part in [*state, "dataset_name"]:
+        save = shutil.copytree(stopped["SGDG"], tmp_path / part)
+        edited = {**state, part: value}
+        torch.save(edited if part in state else {**state, "options": {**state["options"], part: value}}, save / "checkpoint.pt")
         before = contents(save)
-        try:
-            outcome = call("--resume", save, "--epochs", 2)
-        except Exception as error:
-            raise AssertionError((seed, what)) from error
+        outcome = call("--resume", save)
         if outcome.code:
             # (torch may warn of what it is given, below the sentence.)
             assert_one_sentence(outcome._replace(err=outcome.err.split("\n")[0] + "\n"), outcome.code)
-            trained = "not finite" in outcome.err  # what log.txt and TensorBoard have is of the new start
-            assert trained or contents(save) == before, (seed, what)
+            assert contents(save) == before, part
 
 
 @pytest.mark.parametrize("method", METHODS)
