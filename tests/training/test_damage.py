@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda whole: b"", lambda whole: b"json_stats: {}\n", lambda whole: whole[:-1],
     lambda whole: bytes(len(whole) // 3) + whole[len(whole) // 3 :],
-    {}, [1, 2], torch.zeros(3), {"model": {}, "optimizer": {}, "options": {}, "epoch": 0},
+    [1, 2], {"state_dict": {}, "epoch": 3}, {"model": {}, "optimizer": {}, "options": 3, "epoch": 4},
 ])  # fmt: skip
 def test_what_is_no_whole_checkpoint_is_one_sentence_with_a_way_out(finished, tmp_path, damage):
     """Damaged, or saved by something else; nothing is written beside it."""
@@ -92,9 +93,7 @@ def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(finished, stop
     ("SGDG", lambda s: s.update(batch=4), "batch"),
     ("SGDG", lambda s: s["options"].update(depth="10"), "option depth is '10'"),
     ("SGDG", lambda s: s["options"].update(lr=-0.01), "option lr is -0.01"),
-    ("SGDG", lambda s: s["options"].update(nthread=None), "option nthread is None"),
     ("SGDG", lambda s: s["options"].update(lr_decay_ratio=0.0), "math"),
-    ("SGDG", lambda s: s["options"].update(new=1), "new"),
 ])  # fmt: skip
 def test_a_part_that_cannot_be_the_runs_is_named(stopped, tmp_path, method, change, said):
     save = shutil.copytree(stopped[method], tmp_path / "run")
@@ -109,10 +108,10 @@ def test_a_part_that_cannot_be_the_runs_is_named(stopped, tmp_path, method, chan
 @pytest.mark.parametrize("value", [None, 7, math.nan, "\udcff\n", [1, "a"], {3: 4}, torch.zeros(3)])
 def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stopped, tmp_path, value):
     state = load(stopped["SGDG"])
-    for part in [*state, "dataset_name"]:
+    for part in state:
         save = shutil.copytree(stopped["SGDG"], tmp_path / part)
-        edited = {**state, part: value}
-        torch.save(edited if part in state else {**state, "options": {**state["options"], part: value}}, save / "checkpoint.pt")
+        edited = {**state["options"], "dataset_name": value} if part == "options" else value
+        torch.save({**state, part: edited}, save / "checkpoint.pt")
         before = contents(save)
         outcome = call("--resume", save)
         if outcome.code:
@@ -142,10 +141,7 @@ def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(f
     ("main.make_model", torch.AcceleratorError("CUDA error: out of memory"), "out of memory"),
 ])  # fmt: skip
 def test_what_is_wrong_with_the_machine_is_not_called_damage(finished, monkeypatch, place, error, said):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr(place, Mock(side_effect=error))
     outcome = call("--resume", finished["SGD"][0], "--eval")
     assert_one_sentence(outcome, 1, said)
     assert "damaged" not in outcome.err
@@ -160,13 +156,8 @@ def test_what_is_not_the_files_fault_is_raised_as_it_is(error, tmp_path):
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-@pytest.mark.parametrize(
-    ("method", "rate", "ratio", "drops"),
-    [("SGD", "lr", 1e20, [1, 2]), ("SGDG", "lrg", 3e36, [1, 2]), ("SGD", "lr", 1e37, list(range(1, 20)))],
-)
-def test_rates_after_the_last_drop_are_numbers_too(tiny, tmp_path, method, rate, ratio, drops):
+@pytest.mark.parametrize(("method", "rate", "ratio"), [("SGD", "lr", 1e20), ("SGDG", "lrg", 3e36)])
+def test_rates_after_the_last_drop_are_numbers_too(tiny, tmp_path, method, rate, ratio):
     # Of SGDG's two rates only the larger one is too large: lr 1e-30 is not.
-    words = ["--lr_decay_ratio", ratio, "--epoch_step", drops, *(["--lr", 1e-60] if rate == "lrg" else [])]
-    outcome = call(*tiny(method, tmp_path / "run", *words))
-    assert_one_sentence(outcome, 2, f"--{rate} is not below")
-    assert not (tmp_path / "run").exists()
+    words = ["--lr_decay_ratio", ratio, "--epoch_step", [1, 2], *(["--lr", 1e-60] if rate == "lrg" else [])]
+    assert_one_sentence(call(*tiny(method, tmp_path / "run", *words)), 2, f"--{rate} is not below")

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,16 +32,6 @@ import utils
 from data import load_data
 from grassmann_optimizer import SGDG
 from resnet import WideResNet
-
-
-def failing(error):
-    """A function that raises it."""
-
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
-
 
 # ------------------------------------------------------------------------------------- the directory and lock
 
@@ -109,7 +100,7 @@ def test_a_lock_that_its_holder_has_just_removed_is_none(tiny, tmp_path, monkeyp
 
 
 def test_a_file_system_without_locks_is_one_sentence(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("fcntl.flock", failing(OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     assert_one_sentence(call(*tiny("SGD", tmp_path)), 1, "cannot be locked", "local disk")
 
 
@@ -121,7 +112,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_no_half_file(tmp_path, 
     path, kind = tmp_path / "checkpoint.pt", RuntimeError if function == "torch.save" else OSError
     checkpoint.save_checkpoint(path, {"model": torch.arange(1000)})
     before = path.read_bytes()
-    monkeypatch.setattr(function, failing(kind("no space left")))
+    monkeypatch.setattr(function, Mock(side_effect=kind("no space left")))
     with pytest.raises(utils.UserError, match=r"cannot write .*free some space"):
         checkpoint.save_checkpoint(path, {"model": torch.zeros(1000)})
     assert contents(tmp_path) == {"checkpoint.pt": before, "checkpoint.previous.pt": before}
@@ -309,7 +300,7 @@ class TestTensorBoard:
         told = []
         monkeypatch.setattr(threading, "excepthook", told.append)
         write, left = RecordWriter.write, itertools.count(limit, -1)
-        fail = failing(OSError(28, "No space left on device"))
+        fail = Mock(side_effect=OSError(28, "No space left on device"))
         monkeypatch.setattr(RecordWriter, "write", lambda *args: (write if next(left) > 0 else fail)(*args))
         assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "No space left", "--resume")
         assert told == []
