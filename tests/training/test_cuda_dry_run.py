@@ -31,10 +31,10 @@ from grassmann_optimizer import SGDG, AdamG
 from options import parse_options
 from utils import StopRequest
 
-NETWORKS = {"wrn": ["--depth", "10", "--width", "1"], "vgg": ["--model", "vgg11"]}
+WRN, VGG = ["--depth", "10", "--width", "1"], ["--model", "vgg11"]
 BATCH, STEPS = 4, 12  # images in a step, and steps of an epoch: after every second one its sums are read
 CONSTRUCTION = {"Training.__init__", "move"}  # the weights and constants go to the device
-BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+EACH = pytest.mark.parametrize("method", METHODS)
 aten = torch.ops.aten
 
 
@@ -71,7 +71,7 @@ class Reads(TorchDispatchMode):
 
     def note(self):
         frame = sys._getframe(2)
-        while not is_ours(frame.f_code.co_filename):
+        while Path(frame.f_code.co_filename).parent not in (ROOT, Path(__file__).parent):
             frame = frame.f_back
         self.places.append(frame.f_code.co_qualname)
 
@@ -96,10 +96,6 @@ class Reads(TorchDispatchMode):
     def pin(self, tensor):
         self.used["pinned"] += 1
         return tensor
-
-
-def is_ours(file: str) -> bool:
-    return Path(file).parent in (ROOT, ROOT / "tests" / "training")
 
 
 def on_device(*values) -> bool:
@@ -151,14 +147,13 @@ def reads(monkeypatch):
         yield reads
 
 
-def make(monkeypatch, method, network="wrn", *more) -> main.Training:
+def make(monkeypatch, method, *flags) -> main.Training:
     """A run of noise on the fake GPU."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8), np.arange(STEPS * BATCH) % 10
     classes = tuple(map(str, range(10)))
     data = DataSet("noise", images, labels, images[:6], labels[:6], classes, (1.0, 2, 3), (1.0, 2, 3), True)
     run = ["--device", "cuda", "--batchSize", str(BATCH), "--nthread", "0"]  # another thread has no fakes
-    options, _ = parse_options(["--optim_method", method, *NETWORKS[network], *run, *more])
 
     def gradients(loss, params, allow_unused=True):
         assert on_device(loss)
@@ -172,45 +167,41 @@ def make(monkeypatch, method, network="wrn", *more) -> main.Training:
 
     monkeypatch.setattr(torch.autograd, "grad", gradients)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    t = main.Training(options, data)  # for `backward`, too
+    t = main.Training(parse_options(["--optim_method", method, *run, *flags])[0], data)  # for `backward`, too
     return t
-
-
-def step(t):
-    """The last step of an epoch, without the reads of `train_epoch`; returns the type of the logits."""
-    ((images, labels),) = batches(t).iterate(t.plan(), STEPS - 1, nthread=0)
-    x, labels = t.inputs(images, labels)
-    loss, logits = t.step(x, labels)
-    t.count(loss, logits, labels)
-    return logits.dtype
 
 
 def batches(t):
     return TrainBatches(t.data.train_images, t.data.train_labels, t.options.randomcrop_pad)
 
 
-PRECISIONS = [("wrn", "float32"), ("vgg", "bfloat16"), ("wrn", "float16")]
+def step(t):
+    """The last step of an epoch, without the reads of `train_epoch`; returns the type of the logits."""
+    ((images, labels),) = batches(t).iterate(t.plan(), STEPS - 1, nthread=0)
+    x, labels = t.inputs(images, labels)
+    weights = [p for p in t.model.parameters() if p.ndim == 4]
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in [x, *weights])
+    loss, logits = t.step(x, labels)
+    t.count(loss, logits, labels)
+    return logits.dtype
 
 
-@pytest.mark.parametrize(("network", "dtype"), PRECISIONS)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits_for_the_device(reads, monkeypatch, method, network, dtype):
-    t = make(monkeypatch, method, network, "--dtype", dtype)
+@pytest.mark.parametrize(("network", "dtype"), [(WRN, "float32"), (VGG, "bfloat16"), (WRN, "float16")])
+@EACH
+def test_a_step_in_channels_last_never_waits_for_the_device(reads, monkeypatch, method, network, dtype):
+    t = make(monkeypatch, method, *network, "--dtype", dtype)
     assert on_device(list(t.model.parameters()), list(t.model.buffers()), t.sums, t.probe.sums)
     reads.since()
     for t.probe.active in (True, False):
         assert step(t) == getattr(torch, dtype)
     # torch's scaler looks whether a gradient has overflowed.
     assert reads.since() == ({"Training.step"} if dtype == "float16" else set())
-    own = {
-        "kernel": 14,
-        "fused SGD": 4,
-    }  # a launch for each of the 7 weights on G(1,n) and for each other group
-    assert reads.used == ({} if method == "SGD" else own)
+    # A launch for each of the 7 weights on G(1,n), and for each other group.
+    assert reads.used == ({} if method == "SGD" else {"kernel": 14, "fused SGD": 4})
 
 
 def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
-    t = make(monkeypatch, "SGDG")
+    t = make(monkeypatch, "SGDG", *WRN)
     stop = StopRequest(None)
     reads.since()
     main.train_epoch(t, batches(t), None, stop)
@@ -228,23 +219,6 @@ def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
     assert reads.since() == {"Training.totals", "run_state"}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, method):
-    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
-    t.probe.active = True
-    step(t)
-    state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(t))
-    if method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
-        del state["generators"]["cuda"]
-    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
-    checkpoint.restore(t, state)
-    tensors = [list(t.model.state_dict().values()), t.optimizer.state_dict()["state"], t.sums, t.probe.sums]
-    assert all(map(on_device, tensors))
-    reads.since()
-    step(t)
-    assert reads.since() == {"Training.step"}
-
-
 @pytest.fixture
 def second_of_two(monkeypatch):
     """A run's second process, without the first: what they send each other is what this one has."""
@@ -257,50 +231,41 @@ def second_of_two(monkeypatch):
     dist.destroy_process_group()
 
 
-def names(t):
-    """Of the parameters in each group, and of all that a checkpoint has of the model."""
-    name = {p: name for name, p in t.model.named_parameters()}
-    return [[name[p] for p in group["params"]] for group in t.optimizer.param_groups], list(
-        t.model.state_dict()
-    )
-
-
-@pytest.mark.parametrize("flag", ["--zero", "--sync_bn"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_second_process_goes_on_on_its_device(reads, monkeypatch, method, flag, request):
-    alone = make(monkeypatch, method)
+@pytest.mark.parametrize("flag", ["", "--zero", "--sync_bn"])
+@EACH
+def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, method, flag, request):
+    """Alone, and as the second of two processes."""
+    alone = make(monkeypatch, method, *WRN)
     step(alone)
     state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(alone))
-    state["other_ranks"] = [{"generators": dict(state["generators"]), "sums": state["sums"] + 1}]
-    state["other_ranks"][0]["generators"]["cuda"] = torch.ones(16, dtype=torch.uint8)
-    request.getfixturevalue("second_of_two")
-    t = make(monkeypatch, method, "wrn", flag)
-    assert names(t) == names(alone)
-    restored = []
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    if flag:
+        state["other_ranks"] = [{"generators": state["generators"], "sums": state["sums"]}]
+        request.getfixturevalue("second_of_two")
+    elif method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
+        del state["generators"]["cuda"]
+    t = make(monkeypatch, method, *WRN, *flag.split())
     checkpoint.restore(t, state)
-    assert restored == [(state["other_ranks"][0]["generators"]["cuda"], t.device)]
     held = getattr(t.optimizer, "optim", t.optimizer).state  # with --zero of its share
-    assert on_device(list(held.values()), t.sums)
+    assert on_device(t.model.state_dict(), list(held.values()), t.sums, t.probe.sums)
     reads.since()
     list(main.test_logits(t))
-    if flag == "--zero":  # a step of SyncBatchNorm has no fake form
-        step(t)
-        assert len(held) < len(list(t.model.parameters()))
-    else:
+    if flag == "--sync_bn":  # a step of it has no fake form
         assert sum(isinstance(part, nn.SyncBatchNorm) for part in t.model.modules()) == 7
+    else:
+        step(t)
+        assert (len(held) < len(list(t.model.parameters()))) == (flag == "--zero")
     assert reads.since() == set()
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_weights_are_measured_on_the_device(reads, monkeypatch, method):
-    t = make(monkeypatch, method, "vgg", "--select", "measured")
+    t = make(monkeypatch, method, *VGG, "--select", "measured")
     assert reads.since() == {"_measure_cosine", *CONSTRUCTION}
     step(t)
     assert reads.since() == set()
 
 
-@BOTH
+@pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_in_blocks_do_not_wait(reads, monkeypatch, Optimizer, dtype):
     """Rows too long for the kernel, or all where there is no Triton; narrow weights; a rate on the host."""
