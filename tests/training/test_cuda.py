@@ -13,7 +13,8 @@ EACH = pytest.mark.parametrize("method", METHODS)
 
 
 def train(tiny, method, save, *flags):
-    assert call(*tiny(method, save, "--device", "cuda", *flags))[::2] == (0, "")
+    outcome = call(*tiny(method, save, "--device", "cuda", *flags))
+    assert (outcome.code, outcome.err) == (0, "")
 
 
 @EACH

@@ -10,7 +10,6 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import METHODS, ROOT
@@ -26,14 +25,13 @@ import checkpoint
 import distributed
 import grassmann_optimizer as go
 import main
-from data import DataSet, TrainBatches
+from data import TrainBatches, load_data
 from grassmann_optimizer import SGDG, AdamG
 from options import parse_options
 from utils import StopRequest
 
-WRN, VGG = ["--depth", "10", "--width", "1"], ["--model", "vgg11"]
-BATCH, STEPS = 4, 12  # images in a step, and steps of an epoch: after every second one its sums are read
-CONSTRUCTION = {"Training.__init__", "move"}  # the weights and constants go to the device
+STEPS = 12  # of an epoch: after every second one its sums are read
+CONSTRUCTION = {"Training.__init__", "Reads.move"}  # the weights and constants go to the device
 EACH = pytest.mark.parametrize("method", METHODS)
 aten = torch.ops.aten
 
@@ -97,6 +95,28 @@ class Reads(TorchDispatchMode):
         self.used["pinned"] += 1
         return tensor
 
+    def move(self, model, device, memory_format=torch.preserve_format):
+        """In place of nn.Module.to, which would swap the fake tensors for others and cannot."""
+        self.model = model
+        for part in model.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    stored = {"memory_format": memory_format} if p.ndim == 4 else {}
+                    part._parameters[name] = nn.Parameter(p.detach().to(device, **stored))
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer.to(device)
+        return model
+
+    def grad(self, loss, params, allow_unused=True):
+        assert on_device(loss)
+        assert (loss.shape, loss.requires_grad) == ((), True)
+        return [torch.empty_like(p) for p in params]
+
+    def backward(self, loss):
+        params = list(self.model.parameters())
+        for p, gradient in zip(params, self.grad(loss, params), strict=True):
+            p.grad = gradient
+
 
 def on_device(*values) -> bool:
     tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
@@ -106,18 +126,6 @@ def on_device(*values) -> bool:
 def on_host(state, *device):
     """In place of setting a generator, also a GPU's: its state is the host's."""
     assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
-
-
-def move(module, device, memory_format=torch.preserve_format):
-    """In place of nn.Module.to, which would swap the fake tensors for others and cannot."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
-            if p is not None:
-                stored = {"memory_format": memory_format} if p.ndim == 4 else {}
-                part._parameters[name] = nn.Parameter(p.detach().to(device, **stored))
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer.to(device)
-    return module
 
 
 @pytest.fixture
@@ -139,7 +147,9 @@ def reads(monkeypatch):
     monkeypatch.setattr(go, "_advance_kernel", defaultdict(lambda: reads.launch), raising=False)
     monkeypatch.setattr(go, "_WITHOUT_KERNEL", set())
     monkeypatch.setattr(torch, "_fused_sgd_", reads.fused_sgd)
-    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(nn.Module, "to", lambda model, *args, **kwargs: reads.move(model, *args, **kwargs))
+    monkeypatch.setattr(torch.autograd, "grad", reads.grad)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: reads.backward(loss))
     monkeypatch.setattr(torch, "set_rng_state", on_host)
     monkeypatch.setattr(torch.cuda, "set_rng_state", on_host)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: reads.pin(tensor))
@@ -147,28 +157,12 @@ def reads(monkeypatch):
         yield reads
 
 
-def make(monkeypatch, method, *flags) -> main.Training:
-    """A run of noise on the fake GPU."""
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8), np.arange(STEPS * BATCH) % 10
-    classes = tuple(map(str, range(10)))
-    data = DataSet("noise", images, labels, images[:6], labels[:6], classes, (1.0, 2, 3), (1.0, 2, 3), True)
-    run = ["--device", "cuda", "--batchSize", str(BATCH), "--nthread", "0"]  # another thread has no fakes
-
-    def gradients(loss, params, allow_unused=True):
-        assert on_device(loss)
-        assert (loss.shape, loss.requires_grad) == ((), True)
-        return [torch.empty_like(p) for p in params]
-
-    def backward(loss):
-        params = list(t.model.parameters())
-        for p, gradient in zip(params, gradients(loss, params), strict=True):
-            p.grad = gradient
-
-    monkeypatch.setattr(torch.autograd, "grad", gradients)
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    t = main.Training(parse_options(["--optim_method", method, *run, *flags])[0], data)  # for `backward`, too
-    return t
+@pytest.fixture
+def make(reads, tiny, tmp_path, images_root, monkeypatch):
+    """make(method, *flags): a run on the fake GPU."""
+    data = load_data("folder", images_root)
+    run = ["--device", "cuda", "--batchSize", 4, "--nthread", 0]  # another thread has no fakes
+    return lambda method, *flags: main.Training(parse_options(tiny(method, tmp_path, *run, *flags))[0], data)
 
 
 def batches(t):
@@ -186,10 +180,12 @@ def step(t):
     return logits.dtype
 
 
-@pytest.mark.parametrize(("network", "dtype"), [(WRN, "float32"), (VGG, "bfloat16"), (WRN, "float16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("resnet", "float32"), ("vgg11", "bfloat16"), ("resnet", "float16")]
+)
 @EACH
-def test_a_step_in_channels_last_never_waits_for_the_device(reads, monkeypatch, method, network, dtype):
-    t = make(monkeypatch, method, *network, "--dtype", dtype)
+def test_a_step_in_channels_last_never_waits_for_the_device(reads, make, method, model, dtype):
+    t = make(method, "--model", model, "--dtype", dtype)
     assert on_device(list(t.model.parameters()), list(t.model.buffers()), t.sums, t.probe.sums)
     reads.since()
     for t.probe.active in (True, False):
@@ -200,8 +196,8 @@ def test_a_step_in_channels_last_never_waits_for_the_device(reads, monkeypatch, 
     assert reads.used == ({} if method == "SGD" else {"kernel": 14, "fused SGD": 4})
 
 
-def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
-    t = make(monkeypatch, "SGDG", *WRN)
+def test_an_epoch_waits_only_where_it_reads_its_sums(reads, make):
+    t = make("SGDG")
     stop = StopRequest(None)
     reads.since()
     main.train_epoch(t, batches(t), None, stop)
@@ -233,9 +229,9 @@ def second_of_two(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["", "--zero", "--sync_bn"])
 @EACH
-def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, method, flag, request):
+def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, make, method, flag, request):
     """Alone, and as the second of two processes."""
-    alone = make(monkeypatch, method, *WRN)
+    alone = make(method)
     step(alone)
     state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(alone))
     if flag:
@@ -243,7 +239,7 @@ def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, 
         request.getfixturevalue("second_of_two")
     elif method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
         del state["generators"]["cuda"]
-    t = make(monkeypatch, method, *WRN, *flag.split())
+    t = make(method, *flag.split())
     checkpoint.restore(t, state)
     held = getattr(t.optimizer, "optim", t.optimizer).state  # with --zero of its share
     assert on_device(t.model.state_dict(), list(held.values()), t.sums, t.probe.sums)
@@ -258,8 +254,8 @@ def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, 
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_weights_are_measured_on_the_device(reads, monkeypatch, method):
-    t = make(monkeypatch, method, *VGG, "--select", "measured")
+def test_weights_are_measured_on_the_device(reads, make, method):
+    t = make(method, "--model", "vgg11", "--select", "measured")
     assert reads.since() == {"_measure_cosine", *CONSTRUCTION}
     step(t)
     assert reads.since() == set()

@@ -1,12 +1,10 @@
 """A run that was stopped, killed or cut off and then resumed ends with the bits of one that never was."""
 
 import os
-import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import METHODS, ROOT, STEPS, assert_same_run, call, contents, load, log_lines, stop_at
+from helpers import METHODS, STEPS, assert_same_run, call, contents, load, log_lines, stop_at
 
 import main
 import utils
@@ -87,14 +85,6 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert "top-1 error" in resume(save, "--eval").out
     resume(save)
     assert_same_run(save, finished[method][0])
-
-
-def test_a_run_with_rare_options_ends_with_the_same_bits(tiny, tmp_path, monkeypatch):
-    flags, save = ["--select", "measured", "--grad_clip", "none"], tmp_path / "run"
-    assert call(*tiny("SGDG", tmp_path / "whole", *flags)).code == 0
-    stopped_run(tiny, monkeypatch, "SGDG", save, CHECKS + 1, *flags)
-    resume(save)
-    assert_same_run(save, tmp_path / "whole")
 
 
 def test_a_stop_in_the_last_check_is_no_stop(tiny, finished, tmp_path, monkeypatch):
@@ -252,41 +242,3 @@ def test_a_run_goes_on_on_another_machine_with_a_note(tiny, finished, images_roo
     out = resume(save, *(f"--{name}={value}" for name, value in may_change.items())).out
     assert "threads 2 then, 1 now; float32_convolutions TF32 then, float32 now; cores 7 then, None" in out
     assert_same_run(save, finished["SGD"][0], but=tuple(may_change))
-
-
-def test_the_checkpoint_before_is_always_the_last_but_one(tiny, tmp_path, monkeypatch):
-    save, seen = tmp_path / "run", []
-    true_save = main.save_checkpoint
-
-    def save_and_look(path, state):
-        true_save(path, state)
-        seen.append([torch.load(file)["epoch"] for file in sorted(save.glob("checkpoint*.pt"))])
-
-    monkeypatch.setattr(main, "save_checkpoint", save_and_look)
-    assert call(*tiny("SGD", save, "--epochs", 4)).code == 0
-    assert seen == [[1], [1, 2], [2, 3], [3, 4]]  # checkpoint.previous.pt, checkpoint.pt
-
-
-# ----------------------------------------------------------------------------------------------------- kills
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(tiny, tmp_path, method):
-    """As many runs as it takes; of the last one the last call is left alone."""
-    flags, whole = ["--epochs", 8, "--epoch_step", "[3,6]", "--resume", "auto"], tmp_path / "whole"
-    main_py, kills, draw, began = [sys.executable, ROOT / "main.py"], 0, random.Random(2), time.monotonic()
-    subprocess.run([*main_py, *tiny(method, whole, *flags)], check=True)
-    seconds = time.monotonic() - began
-    while kills < 20:
-        save, code = tmp_path / f"after{kills}", None
-        while code != 0:
-            with subprocess.Popen([*main_py, *tiny(method, save, *flags)]) as process:
-                if kills < 20:
-                    time.sleep(draw.uniform(0, seconds))
-                    process.kill()
-            code = process.returncode
-            assert code in (0, -signal.SIGKILL)
-            kills += code != 0
-        assert_same_run(save, whole)
-        assert not list(save.glob(".*.tmp"))
