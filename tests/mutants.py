@@ -187,7 +187,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("cosines.max()", "cosines.mean()", "flags TestSummary"),
         ("len(classes) > 5", "len(classes) >= 5", "run top5"),
         ("len(self.NAMES), device=device)", "len(self.NAMES))", "dry never_waits"),
-        ("if not (its_thread and issubclass(args.exc_type, OSError)):", "if False:", "run full_disk_is"),
         ("its_thread and issubclass(args.exc_type, OSError)", "False", "run full_disk_is"),
         ('if state["sums"].shape != self.sums.shape:', "if False:", "damage part_that_cannot"),
         ("means = (self.sums / self.steps).cpu()", "means = self.sums.cpu()", "run probe_takes"),

@@ -296,7 +296,7 @@ class TestTensorBoard:
 
     @pytest.mark.parametrize("limit", [0, 20])
     def test_a_full_disk_is_one_sentence(self, tiny, tmp_path, monkeypatch, limit):
-        """The thread that writes meets it as well; errors of other threads are still printed."""
+        """The thread that writes meets it as well."""
         told = []
         monkeypatch.setattr(threading, "excepthook", told.append)
         write, left = RecordWriter.write, itertools.count(limit, -1)
@@ -304,11 +304,6 @@ class TestTensorBoard:
         monkeypatch.setattr(RecordWriter, "write", lambda *args: (write if next(left) > 0 else fail)(*args))
         assert_one_sentence(call(*tiny("SGD", tmp_path / "run")), 1, "No space left", "--resume")
         assert told == []
-        with report.disk_errors_said_once():
-            thread = threading.Thread(target=fail)
-            thread.start()
-            thread.join()
-        assert [args.exc_type for args in told] == [OSError]
 
 
 # ------------------------------------------------------------------------------------------------- checkpoint
