@@ -58,10 +58,6 @@ def assert_same_losses(a, b):
         assert (one["train_acc"], one["test_acc"]) == pytest.approx((other["train_acc"], other["test_acc"]))
 
 
-def on_rank(number):
-    return distributed.rank() == number
-
-
 def generators(save):
     """Of a run's checkpoint, by rank."""
     state = load(save)
@@ -141,7 +137,7 @@ def kill_at(monkeypatch, check, rank):
     asked, left = main.StopRequest.asked, iter(range(1, check))
 
     def ask(stop, by_signal=False):
-        if on_rank(rank) and next(left, None) is None:
+        if distributed.rank() == rank and next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return asked(stop, by_signal)
 
@@ -223,7 +219,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_
 
     def spoiled(t, images, labels):
         x, labels = inputs(t, images, labels)
-        return (x * float("nan") if on_rank(rank) and t.batch == 1 else x), labels
+        return (x * float("nan") if distributed.rank() == rank and t.batch == 1 else x), labels
 
     monkeypatch.setattr(main.Training, "inputs", spoiled)
     outcomes = ranks(2, *tiny("SGDG", tmp_path / "run", *BATCH))
@@ -430,24 +426,18 @@ def wait_for_an_epoch(save, process):
         time.sleep(0.05)
 
 
-def test_ngpu_starts_the_processes_and_a_stop_reaches_them(tiny, ranks, tmp_path):
+def test_ngpu_starts_the_processes_and_a_stop_reaches_them(tiny, tmp_path):
     """Ctrl-C in a terminal; on a machine that cannot resolve its own name."""
-    save, more = tmp_path / "run", [*BATCH, "--epoch_step", "[]"]
-    nameless = "import socket\nsocket.gethostname = lambda: 'no.such.invalid'"
+    save, nameless = tmp_path / "run", "import socket\nsocket.gethostname = lambda: 'no.such.invalid'"
     (tmp_path / "sitecustomize.py").write_text(nameless)
     how = {"start_new_session": True, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
-    process = spawn(main.__file__, *tiny("SGDG", save, *more, "--ngpu", 2, "--epochs", 10_000), **how)
+    process = spawn(main.__file__, *tiny("SGDG", save, *BATCH, "--ngpu", 2, "--epochs", 10_000), **how)
     wait_for_an_epoch(save, process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode != 0
     assert out.count("stopped by SIGINT") == 1, err
-    state = load(save)
-    assert len(state["other_ranks"]) == 1
-    epochs = state["epoch"] + 1
-    assert_fine(ranks(2, "--resume", save, "--epochs", epochs))
-    assert_fine(ranks(2, *tiny("SGDG", tmp_path / "whole", *more, "--epochs", epochs)))
-    assert_same_run(save, tmp_path / "whole", but=("epochs",))
+    assert len(load(save)["other_ranks"]) == 1
 
 
 @pytest.mark.long
