@@ -51,11 +51,10 @@ def assert_one_voice(outcomes, code, *patterns):
 
 
 def assert_same_losses(a, b):
-    """Of two runs' logs, to rounding; errors exactly."""
+    """Of two runs' logs, to rounding; and the same errors."""
+    names = ("train_loss", "test_loss", "train_acc", "test_acc")
     for one, other in zip(log_lines(a), log_lines(b), strict=True):
-        for name in ("train_loss", "test_loss"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5), name
-        assert (one["train_acc"], one["test_acc"]) == pytest.approx((other["train_acc"], other["test_acc"]))
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5)
 
 
 def generators(save):

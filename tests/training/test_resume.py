@@ -17,9 +17,8 @@ from helpers import METHODS, STEPS, assert_same_run, call, contents, load, log_l
 import main
 import utils
 
-TEST_BATCHES = 2  # of an evaluation of `tiny`
-# The loop asks whether to stop after each step, before the evaluation, after each of its batches, at the end.
-CHECKS = STEPS + 1 + TEST_BATCHES + 1
+# The loop asks whether to stop after each step, before an evaluation, after its two batches, at the end.
+CHECKS = STEPS + 1 + 2 + 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # of a user, a terminal, Slurm
 
 
