@@ -119,7 +119,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("yield logits.float(), labels", "yield logits, labels", "run add_up_in_float64"),
         ("log.add_loss((loss - last_loss) / (t.batch - last_batch), steps)", "log.add_loss(loss / t.batch, steps)", "run one_value"),
         ("steps = t.epoch * len(plan) + t.batch", "steps = t.batch", "run one_value"),
-        ("            until_the_end.enter_context(utils.locked(save_to, goes_on_there))\n        options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))\n", "            pass\n        options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))\n        if not only_reads:\n            until_the_end.enter_context(utils.locked(save_to, goes_on_there))\n", "run before_it_reads"),
+        ("            until_the_end.enter_context(utils.locked(save_to, goes_on_there))\n        options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))\n", "            pass\n        options, state = distributed.on_rank0(lambda: choose_options(given, save_to, source))\n        if not (options.eval or options.summary):\n            until_the_end.enter_context(utils.locked(save_to, goes_on_there))\n", "run before_it_reads"),
         ("        if not options.eval:\n            t.plan()", "        if False:\n            t.plan()", "flags leaves_the_directory_free"),
         ('sys.stderr = sys.stderr or open(os.devnull, "w")', "pass", "flags nobody_need"),
         ("    with suppress(AttributeError):  # a notebook", "    if True:  # a notebook", "flags any_kind"),
