@@ -10,7 +10,6 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import METHODS, ROOT
@@ -26,15 +25,14 @@ import checkpoint
 import distributed
 import grassmann_optimizer as go
 import main
-from data import DataSet, TrainBatches
+from data import TrainBatches, load_data
 from grassmann_optimizer import SGDG, AdamG
 from options import parse_options
 from utils import StopRequest
 
-NETWORKS = {"wrn": ["--depth", "10", "--width", "1"], "vgg": ["--model", "vgg11"]}
-BATCH, STEPS = 4, 12  # images in a step, and steps of an epoch: after every second one its sums are read
-CONSTRUCTION = {"Training.__init__", "move"}  # the weights and constants go to the device
-BOTH = pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
+STEPS = 12  # of an epoch: after every second one its sums are read
+CONSTRUCTION = {"Training.__init__", "Reads.move"}  # the weights and constants go to the device
+EACH = pytest.mark.parametrize("method", METHODS)
 aten = torch.ops.aten
 
 
@@ -71,7 +69,7 @@ class Reads(TorchDispatchMode):
 
     def note(self):
         frame = sys._getframe(2)
-        while not is_ours(frame.f_code.co_filename):
+        while Path(frame.f_code.co_filename).parent not in (ROOT, Path(__file__).parent):
             frame = frame.f_back
         self.places.append(frame.f_code.co_qualname)
 
@@ -97,9 +95,27 @@ class Reads(TorchDispatchMode):
         self.used["pinned"] += 1
         return tensor
 
+    def move(self, model, device, memory_format=torch.preserve_format):
+        """In place of nn.Module.to, which would swap the fake tensors for others and cannot."""
+        self.model = model
+        for part in model.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    stored = {"memory_format": memory_format} if p.ndim == 4 else {}
+                    part._parameters[name] = nn.Parameter(p.detach().to(device, **stored))
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer.to(device)
+        return model
 
-def is_ours(file: str) -> bool:
-    return Path(file).parent in (ROOT, ROOT / "tests" / "training")
+    def grad(self, loss, params, allow_unused=True):
+        assert on_device(loss)
+        assert (loss.shape, loss.requires_grad) == ((), True)
+        return [torch.empty_like(p) for p in params]
+
+    def backward(self, loss):
+        params = list(self.model.parameters())
+        for p, gradient in zip(params, self.grad(loss, params), strict=True):
+            p.grad = gradient
 
 
 def on_device(*values) -> bool:
@@ -110,18 +126,6 @@ def on_device(*values) -> bool:
 def on_host(state, *device):
     """In place of setting a generator, also a GPU's: its state is the host's."""
     assert (state.device.type, state.dtype) == ("cpu", torch.uint8)
-
-
-def move(module, device, memory_format=torch.preserve_format):
-    """In place of nn.Module.to, which would swap the fake tensors for others and cannot."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
-            if p is not None:
-                stored = {"memory_format": memory_format} if p.ndim == 4 else {}
-                part._parameters[name] = nn.Parameter(p.detach().to(device, **stored))
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer.to(device)
-    return module
 
 
 @pytest.fixture
@@ -143,7 +147,9 @@ def reads(monkeypatch):
     monkeypatch.setattr(go, "_advance_kernel", defaultdict(lambda: reads.launch), raising=False)
     monkeypatch.setattr(go, "_WITHOUT_KERNEL", set())
     monkeypatch.setattr(torch, "_fused_sgd_", reads.fused_sgd)
-    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(nn.Module, "to", lambda model, *args, **kwargs: reads.move(model, *args, **kwargs))
+    monkeypatch.setattr(torch.autograd, "grad", reads.grad)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: reads.backward(loss))
     monkeypatch.setattr(torch, "set_rng_state", on_host)
     monkeypatch.setattr(torch.cuda, "set_rng_state", on_host)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: reads.pin(tensor))
@@ -151,66 +157,47 @@ def reads(monkeypatch):
         yield reads
 
 
-def make(monkeypatch, method, network="wrn", *more) -> main.Training:
-    """A run of noise on the fake GPU."""
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (STEPS * BATCH, 32, 32, 3), np.uint8), np.arange(STEPS * BATCH) % 10
-    classes = tuple(map(str, range(10)))
-    data = DataSet("noise", images, labels, images[:6], labels[:6], classes, (1.0, 2, 3), (1.0, 2, 3), True)
-    run = ["--device", "cuda", "--batchSize", str(BATCH), "--nthread", "0"]  # another thread has no fakes
-    options, _ = parse_options(["--optim_method", method, *NETWORKS[network], *run, *more])
-
-    def gradients(loss, params, allow_unused=True):
-        assert on_device(loss)
-        assert (loss.shape, loss.requires_grad) == ((), True)
-        return [torch.empty_like(p) for p in params]
-
-    def backward(loss):
-        params = list(t.model.parameters())
-        for p, gradient in zip(params, gradients(loss, params), strict=True):
-            p.grad = gradient
-
-    monkeypatch.setattr(torch.autograd, "grad", gradients)
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    t = main.Training(options, data)  # for `backward`, too
-    return t
-
-
-def step(t):
-    """The last step of an epoch, without the reads of `train_epoch`; returns the type of the logits."""
-    ((images, labels),) = batches(t).iterate(t.plan(), STEPS - 1, nthread=0)
-    x, labels = t.inputs(images, labels)
-    loss, logits = t.step(x, labels)
-    t.count(loss, logits, labels)
-    return logits.dtype
+@pytest.fixture
+def make(reads, tiny, tmp_path, images_root, monkeypatch):
+    """make(method, *flags): a run on the fake GPU."""
+    data = load_data("folder", images_root)
+    run = ["--device", "cuda", "--batchSize", 4, "--nthread", 0]  # another thread has no fakes
+    return lambda method, *flags: main.Training(parse_options(tiny(method, tmp_path, *run, *flags))[0], data)
 
 
 def batches(t):
     return TrainBatches(t.data.train_images, t.data.train_labels, t.options.randomcrop_pad)
 
 
-PRECISIONS = [("wrn", "float32"), ("vgg", "bfloat16"), ("wrn", "float16")]
+def step(t):
+    """The last step of an epoch, without the reads of `train_epoch`; returns the type of the logits."""
+    ((images, labels),) = batches(t).iterate(t.plan(), STEPS - 1, nthread=0)
+    x, labels = t.inputs(images, labels)
+    weights = [p for p in t.model.parameters() if p.ndim == 4]
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in [x, *weights])
+    loss, logits = t.step(x, labels)
+    t.count(loss, logits, labels)
+    return logits.dtype
 
 
-@pytest.mark.parametrize(("network", "dtype"), PRECISIONS)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_never_waits_for_the_device(reads, monkeypatch, method, network, dtype):
-    t = make(monkeypatch, method, network, "--dtype", dtype)
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("resnet", "float32"), ("vgg11", "bfloat16"), ("resnet", "float16")]
+)
+@EACH
+def test_a_step_in_channels_last_never_waits_for_the_device(reads, make, method, model, dtype):
+    t = make(method, "--model", model, "--dtype", dtype)
     assert on_device(list(t.model.parameters()), list(t.model.buffers()), t.sums, t.probe.sums)
     reads.since()
     for t.probe.active in (True, False):
         assert step(t) == getattr(torch, dtype)
     # torch's scaler looks whether a gradient has overflowed.
     assert reads.since() == ({"Training.step"} if dtype == "float16" else set())
-    own = {
-        "kernel": 14,
-        "fused SGD": 4,
-    }  # a launch for each of the 7 weights on G(1,n) and for each other group
-    assert reads.used == ({} if method == "SGD" else own)
+    # A launch for each of the 7 weights on G(1,n), and for each other group.
+    assert reads.used == ({} if method == "SGD" else {"kernel": 14, "fused SGD": 4})
 
 
-def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
-    t = make(monkeypatch, "SGDG")
+def test_an_epoch_waits_only_where_it_reads_its_sums(reads, make):
+    t = make("SGDG")
     stop = StopRequest(None)
     reads.since()
     main.train_epoch(t, batches(t), None, stop)
@@ -228,23 +215,6 @@ def test_an_epoch_waits_only_where_it_reads_its_sums(reads, monkeypatch):
     assert reads.since() == {"Training.totals", "run_state"}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, monkeypatch, method):
-    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
-    t.probe.active = True
-    step(t)
-    state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(t))
-    if method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
-        del state["generators"]["cuda"]
-    t = make(monkeypatch, method, "wrn", "--dtype", "float16")
-    checkpoint.restore(t, state)
-    tensors = [list(t.model.state_dict().values()), t.optimizer.state_dict()["state"], t.sums, t.probe.sums]
-    assert all(map(on_device, tensors))
-    reads.since()
-    step(t)
-    assert reads.since() == {"Training.step"}
-
-
 @pytest.fixture
 def second_of_two(monkeypatch):
     """A run's second process, without the first: what they send each other is what this one has."""
@@ -257,50 +227,41 @@ def second_of_two(monkeypatch):
     dist.destroy_process_group()
 
 
-def names(t):
-    """Of the parameters in each group, and of all that a checkpoint has of the model."""
-    name = {p: name for name, p in t.model.named_parameters()}
-    return [[name[p] for p in group["params"]] for group in t.optimizer.param_groups], list(
-        t.model.state_dict()
-    )
-
-
-@pytest.mark.parametrize("flag", ["--zero", "--sync_bn"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_second_process_goes_on_on_its_device(reads, monkeypatch, method, flag, request):
-    alone = make(monkeypatch, method)
+@pytest.mark.parametrize("flag", ["", "--zero", "--sync_bn"])
+@EACH
+def test_a_checkpoint_read_on_the_cpu_goes_on_on_the_device(reads, make, method, flag, request):
+    """Alone, and as the second of two processes."""
+    alone = make(method)
     step(alone)
     state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), checkpoint.run_state(alone))
-    state["other_ranks"] = [{"generators": dict(state["generators"]), "sums": state["sums"] + 1}]
-    state["other_ranks"][0]["generators"]["cuda"] = torch.ones(16, dtype=torch.uint8)
-    request.getfixturevalue("second_of_two")
-    t = make(monkeypatch, method, "wrn", flag)
-    assert names(t) == names(alone)
-    restored = []
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    if flag:
+        state["other_ranks"] = [{"generators": state["generators"], "sums": state["sums"]}]
+        request.getfixturevalue("second_of_two")
+    elif method == "SGD":  # written on a machine without a GPU, it has no state of one's generator
+        del state["generators"]["cuda"]
+    t = make(method, *flag.split())
     checkpoint.restore(t, state)
-    assert restored == [(state["other_ranks"][0]["generators"]["cuda"], t.device)]
     held = getattr(t.optimizer, "optim", t.optimizer).state  # with --zero of its share
-    assert on_device(list(held.values()), t.sums)
+    assert on_device(t.model.state_dict(), list(held.values()), t.sums, t.probe.sums)
     reads.since()
     list(main.test_logits(t))
-    if flag == "--zero":  # a step of SyncBatchNorm has no fake form
-        step(t)
-        assert len(held) < len(list(t.model.parameters()))
-    else:
+    if flag == "--sync_bn":  # a step of it has no fake form
         assert sum(isinstance(part, nn.SyncBatchNorm) for part in t.model.modules()) == 7
+    else:
+        step(t)
+        assert (len(held) < len(list(t.model.parameters()))) == (flag == "--zero")
     assert reads.since() == set()
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
-def test_weights_are_measured_on_the_device(reads, monkeypatch, method):
-    t = make(monkeypatch, method, "vgg", "--select", "measured")
+def test_weights_are_measured_on_the_device(reads, make, method):
+    t = make(method, "--model", "vgg11", "--select", "measured")
     assert reads.since() == {"_measure_cosine", *CONSTRUCTION}
     step(t)
     assert reads.since() == set()
 
 
-@BOTH
+@pytest.mark.parametrize("Optimizer", [SGDG, AdamG])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_in_blocks_do_not_wait(reads, monkeypatch, Optimizer, dtype):
     """Rows too long for the kernel, or all where there is no Triton; narrow weights; a rate on the host."""

@@ -1,13 +1,10 @@
-"""Whatever has happened to a file or a flag: one sentence and nothing lost, or a run that trains.
+"""Whatever has happened to a file or a flag: one sentence and nothing lost, or a run that trains."""
 
-Each case draws from a seed of its own, which its name shows; `long` ones draw for ten minutes in all.
-"""
-
-import copy
 import math
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,35 +14,24 @@ import main
 from checkpoint import load_checkpoint, reading
 from utils import UserError
 
-MANY = pytest.param(range(1000), marks=pytest.mark.long, id="many")
-ODD_VALUES = (
-    None, True, -1, 0, 7, 10**30, 2.5, math.nan, math.inf, "", "no good", "\udcff\n\x1b[31m|<b>", [],
-    [1, "a"], {}, {"epoch": 1}, {3: 4}, torch.zeros(3), torch.tensor(math.nan),
-    torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2).to_sparse(), torch.zeros(2, device="meta"),
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------- checkpoint
-
 
 @pytest.fixture(scope="module")
 def stopped(tiny, tmp_path_factory):
-    """For each method the directory of a run that was stopped after an epoch and a step."""
+    """For SGD and SGD-G the directory of a run that was stopped after two of three epochs and a step."""
     runs = {}
-    for method in METHODS:
+    for method in ("SGD", "SGDG"):
         runs[method] = tmp_path_factory.mktemp("stopped") / "run"
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, 8)
-            assert call(*tiny(method, runs[method])).code == 143
-        assert (load(runs[method])["epoch"], load(runs[method])["batch"]) == (1, 1)
+            stop_at(patch, 15)
+            assert call(*tiny(method, runs[method], "--epochs", 3)).code == 143
+        assert (load(runs[method])["epoch"], load(runs[method])["batch"]) == (2, 1)
     return runs
 
 
-@pytest.mark.parametrize("seeds", [range(60), MANY])
-def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path, seeds):
+def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
     whole = (finished["AdamG"][0] / "checkpoint.pt").read_bytes()
     path, right, noticed = tmp_path / "checkpoint.pt", bits(load(finished["AdamG"][0])), 0
-    for seed in seeds:
+    for seed in range(60):
         draw, damaged = random.Random(seed), bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
@@ -53,31 +39,26 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path, seeds):
             assert bits(load_checkpoint(path)) == right, seed  # in what fills the file up
         except UserError:
             noticed += 1
-    assert noticed > len(seeds) / 2
+    assert noticed > 30
 
 
 @pytest.mark.parametrize("damage", [
-    lambda whole: b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-1],
-    lambda whole: bytes(range(256)) * 100, lambda whole: b"json_stats: {}\n",
+    lambda whole: b"", lambda whole: b"json_stats: {}\n", lambda whole: whole[:-1],
     lambda whole: bytes(len(whole) // 3) + whole[len(whole) // 3 :],
+    [1, 2], {"state_dict": {}, "epoch": 3}, {"model": {}, "optimizer": {}, "options": 3, "epoch": 4},
 ])  # fmt: skip
-def test_a_checkpoint_that_is_not_whole_is_one_sentence_with_a_way_out(finished, tmp_path, damage):
-    content = damage((finished["SGDG"][0] / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    outcome = call("--resume", tmp_path)
-    assert_one_sentence(outcome, 1, rf"{tmp_path}/checkpoint\.pt is damaged", "resume from another one")
-    assert contents(tmp_path)["checkpoint.pt"] == content
-
-
-@pytest.mark.parametrize("value", [
-    {}, {"state_dict": {}, "epoch": 3}, [1, 2], torch.zeros(3),
-    {"model": {}, "optimizer": {}, "options": {}, "epoch": 0},
-    {"model": 1, "optimizer": 2, "options": 3, "epoch": 4},
-])  # fmt: skip
-def test_a_file_that_something_else_wrote_is_one_sentence(value, tmp_path):
-    torch.save(value, tmp_path / "checkpoint.pt")
+def test_what_is_no_whole_checkpoint_is_one_sentence_with_a_way_out(finished, tmp_path, damage):
+    """Damaged, or saved by something else; nothing is written beside it."""
+    path = tmp_path / "checkpoint.pt"
+    if callable(damage):
+        path.write_bytes(damage((finished["SGDG"][0] / "checkpoint.pt").read_bytes()))
+    else:
+        torch.save(damage, path)
+    before = contents(tmp_path)
     for flags in ([], ["--lr", "0.1"], ["--eval"]):
-        assert_one_sentence(call("--resume", tmp_path, *flags), 1, "damaged or of another model", "a new run")
+        outcome = call("--resume", tmp_path, *flags)
+        assert_one_sentence(outcome, 1, f"{path} is damaged or of another model", "resume from another one")
+    assert contents(tmp_path) == before
 
 
 def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
@@ -90,17 +71,15 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(finished, stopped, tmp_path):
+def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(stopped, tmp_path):
     save = shutil.copytree(stopped["SGDG"], tmp_path / "run")
-    damaged = bytearray((save / "checkpoint.pt").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (save / "checkpoint.pt").write_bytes(damaged)
+    (save / "checkpoint.pt").write_bytes(b"half of it")
     outcome = call("--resume", save)
     assert_one_sentence(outcome, 1, f"mv {save}/checkpoint.previous.pt {save}/checkpoint.pt$")
     (save / "checkpoint.previous.pt").rename(save / "checkpoint.pt")
-    assert load(save)["epoch"] == 1
+    assert (load(save)["epoch"], load(save)["batch"]) == (2, 0)  # the last but one
     assert call("--resume", save).code == 0
-    assert bits(load(save)["model"]) == bits(load(finished["SGDG"][0])["model"])
+    assert load(save)["epoch"] == 3
     assert not (save / "checkpoint.previous.pt").exists()  # a finished run takes the room of one
 
 
@@ -113,9 +92,7 @@ def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(finished, stop
     ("SGDG", lambda s: s.update(batch=4), "batch"),
     ("SGDG", lambda s: s["options"].update(depth="10"), "option depth is '10'"),
     ("SGDG", lambda s: s["options"].update(lr=-0.01), "option lr is -0.01"),
-    ("SGDG", lambda s: s["options"].update(nthread=None), "option nthread is None"),
     ("SGDG", lambda s: s["options"].update(lr_decay_ratio=0.0), "math"),
-    ("SGDG", lambda s: s["options"].update(new=1), "new"),
 ])  # fmt: skip
 def test_a_part_that_cannot_be_the_runs_is_named(stopped, tmp_path, method, change, said):
     save = shutil.copytree(stopped[method], tmp_path / "run")
@@ -127,52 +104,19 @@ def test_a_part_that_cannot_be_the_runs_is_named(stopped, tmp_path, method, chan
     assert contents(save) == before
 
 
-def places(value, path=()):
-    """The ways to everything in nested dictionaries and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield (*path, key)
-        yield from places(item, (*path, key))
-
-
-def edited(state: dict, draw: random.Random, part: str | None) -> tuple[dict, str]:
-    """A copy with `part`, or else one value in a part, replaced, left out or added; and what was done."""
-    state = copy.deepcopy(state)
-    *way, key = [part] if part else draw.choice([place for place in places(state) if len(place) > 1])
-    parent = state
-    for step in way:
-        parent = parent[step]
-    kind = draw.choice(["replace"] * 6 + ["delete", "add"])
-    if kind == "delete":
-        del parent[key]
-    elif kind == "add" and isinstance(parent, dict):
-        parent["new"] = draw.choice(ODD_VALUES)
-    else:
-        parent[key] = draw.choice(ODD_VALUES)
-        kind = f"replace by {parent[key]!r}"
-    return state, f"{kind} {way} {key}"
-
-
-@pytest.mark.parametrize("seeds", [range(80), MANY])
-def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stopped, tmp_path, seeds):
-    """Every second time a whole part is another, in turn, else anything in one."""
-    for seed in seeds:
-        draw, save = random.Random(seed), tmp_path / "run"
-        shutil.rmtree(save, ignore_errors=True)
-        shutil.copytree(stopped[draw.choice(METHODS)], save)
-        state = load(save)
-        state, what = edited(state, draw, [*state][seed // 2 % len(state)] if seed % 2 else None)
-        torch.save(state, save / "checkpoint.pt")
+@pytest.mark.parametrize("value", [None, 7, math.nan, "\udcff\n", [1, "a"], {3: 4}, torch.zeros(3)])
+def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stopped, tmp_path, value):
+    state = load(stopped["SGDG"])
+    for part in state:
+        save = shutil.copytree(stopped["SGDG"], tmp_path / part)
+        edited = {**state["options"], "dataset_name": value} if part == "options" else value
+        torch.save({**state, part: edited}, save / "checkpoint.pt")
         before = contents(save)
-        try:
-            outcome = call("--resume", save, "--epochs", 2)
-        except Exception as error:
-            raise AssertionError((seed, what)) from error
+        outcome = call("--resume", save)
         if outcome.code:
             # (torch may warn of what it is given, below the sentence.)
             assert_one_sentence(outcome._replace(err=outcome.err.split("\n")[0] + "\n"), outcome.code)
-            trained = "not finite" in outcome.err  # what log.txt and TensorBoard have is of the new start
-            assert trained or contents(save) == before, (seed, what)
+            assert contents(save) == before, part
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -196,10 +140,7 @@ def test_the_rates_are_those_of_the_options_whatever_the_optimizers_state_says(f
     ("main.make_model", torch.AcceleratorError("CUDA error: out of memory"), "out of memory"),
 ])  # fmt: skip
 def test_what_is_wrong_with_the_machine_is_not_called_damage(finished, monkeypatch, place, error, said):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr(place, Mock(side_effect=error))
     outcome = call("--resume", finished["SGD"][0], "--eval")
     assert_one_sentence(outcome, 1, said)
     assert "damaged" not in outcome.err
@@ -214,13 +155,8 @@ def test_what_is_not_the_files_fault_is_raised_as_it_is(error, tmp_path):
 # ------------------------------------------------------------------------------------------------------ flags
 
 
-@pytest.mark.parametrize(
-    ("method", "rate", "ratio", "drops"),
-    [("SGD", "lr", 1e20, [1, 2]), ("SGDG", "lrg", 3e36, [1, 2]), ("SGD", "lr", 1e37, list(range(1, 20)))],
-)
-def test_rates_after_the_last_drop_are_numbers_too(tiny, tmp_path, method, rate, ratio, drops):
+@pytest.mark.parametrize(("method", "rate", "ratio"), [("SGD", "lr", 1e20), ("SGDG", "lrg", 3e36)])
+def test_rates_after_the_last_drop_are_numbers_too(tiny, tmp_path, method, rate, ratio):
     # Of SGDG's two rates only the larger one is too large: lr 1e-30 is not.
-    words = ["--lr_decay_ratio", ratio, "--epoch_step", drops, *(["--lr", 1e-60] if rate == "lrg" else [])]
-    outcome = call(*tiny(method, tmp_path / "run", *words))
-    assert_one_sentence(outcome, 2, f"--{rate} is not below")
-    assert not (tmp_path / "run").exists()
+    words = ["--lr_decay_ratio", ratio, "--epoch_step", [1, 2], *(["--lr", 1e-60] if rate == "lrg" else [])]
+    assert_one_sentence(call(*tiny(method, tmp_path / "run", *words)), 2, f"--{rate} is not below")
