@@ -85,7 +85,7 @@ class Run:
     paper, curves: the paper's test error in % and its losses, where data, network and schedule are its own.
     """
 
-    def __init__(self, path, root, config, log):
+    def __init__(self, path, root, config):
         data, method = config["data"], config["options"]["optim_method"]
         # What runs from before an option or entry did comes first.
         options = {"holdout": 0, "sync_bn": False, "select": None if method == "SGD" else "shape"}
@@ -109,7 +109,6 @@ class Run:
         same = paper and (paper.epochs, paper.epoch_step, paper.images) == (self.epochs, drops, images)
         self.paper = paper.errors[self.model][order] if same and self.model in paper.errors else None
         self.curves = CURVES.get((self.data, self.model.upper()), {}) if same else {}
-        self.read_log(log)
 
     def description(self, train, test, drops):
         kind = "held-out" if self.holdout else "test"
@@ -150,9 +149,10 @@ def read_runs(roots):
             if {CONFIG, LOG} & set(files) and real not in seen:
                 try:
                     file = path / CONFIG
-                    config = json.loads(file.read_text(encoding="utf-8"))
+                    run = Run(path, root, json.loads(file.read_text(encoding="utf-8")))
                     file = path / LOG
-                    runs.append(Run(path, root, config, file.read_text(encoding="utf-8")))
+                    run.read_log(file.read_text(encoding="utf-8"))
+                    runs.append(run)
                 except Exception as error:  # whatever is in a file, it ends its run alone
                     left_out.append(f"{path}: {file.name}: {type(error).__name__}: {error}"[:400])
             seen.add(real)
@@ -264,10 +264,10 @@ def markdown(text):
 def new_page(path, part):
     """The page with `part` between its markers. Raises ValueError where they do not stand there once each."""
     page = path.read_text(encoding="utf-8") if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
-    before, *found, after = re.split(f"({BEGIN}|{END})", page)
-    if found[::2] != [BEGIN, END]:
+    pieces = re.split(f"({BEGIN}|{END})", page)
+    if pieces[1::2] != [BEGIN, END]:
         raise ValueError(f"it needs these two lines, once each and in this order: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
+    return f"{pieces[0]}{BEGIN}\n\n{part}\n{END}{pieces[-1]}"
 
 
 def csv_text(tables):
