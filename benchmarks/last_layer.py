@@ -65,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     figures: list[dict] = []
     print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
     for run in args.runs:
-        try:
-            t = trained(run, args.dataroot)
-        except utils.UserError as error:
-            parser.error(str(error))
+        t = trained(run, args.dataroot)
         logits, labels = training_logits(t)
         length, bias = t.model.fc.weight.norm().item(), t.model.fc.bias.detach()
         factor = figures[0]["length"] / length if figures else 1
@@ -82,4 +79,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(utils.answer(main))

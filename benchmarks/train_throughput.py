@@ -155,10 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed in a turn")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args, rest = parser.parse_known_args(argv)
-    try:
-        options, _ = parse_options([*rest, "--dataset", "digits"])
-    except utils.UserError as error:
-        parser.error(str(error))
+    options, _ = parse_options([*rest, "--dataset", "digits"])
     data = load_data("digits", options.dataroot)
     ours, plain = Turns(Training, options, data), Turns(PlainTraining, options, data)
     for _ in range(args.rounds):
@@ -177,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(utils.answer(main))

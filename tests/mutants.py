@@ -286,7 +286,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("of its rate, %\", 100", "of its rate, %\", 1", "benchmarks given_figures"),
         ("TFLOP/s\", 1e-12", "TFLOP/s\", 1e-9", "benchmarks given_figures"),
         ("for figures in (ours, plain)]", "for figures in (plain, ours)]", "benchmarks given_figures"),
-        ("parser.error(str(error))", "raise", "benchmarks one_sentence"),
     ],
     "benchmarks/peers.py": [
         ("u * length.atan() if", "u * length if", "peers closed_form"),
@@ -312,7 +311,6 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("factor * (logits - bias) + bias", "factor * logits", "benchmarks another_length"),
         ('figures[0]["length"]', 'figures[-1]["length"]', "benchmarks another_length"),
         ('"--summary", *', '"--eval", *', "benchmarks other_images"),
-        ("except utils.UserError", "except KeyError", "benchmarks other_images"),
     ],
     "distributed.py": [
         ("redirect_stdout(nowhere):", "open(os.devnull):", "ranks above_0 or printed_once"),
