@@ -68,44 +68,24 @@ def show(capsys):
     return printed
 
 
-@pytest.fixture
-def cells(show):
-    """cells(*directories): the lines of the CSV file for these."""
-
-    def written(*directories):
-        show(*directories, "--csv", "table.csv")
-        with open("table.csv") as file:
-            return list(csv.DictReader(file))
-
-    return written
+def cells(*roots):
+    """The cells of all tables of the runs below these."""
+    runs, left_out = summarize.read_runs(map(Path, roots))
+    return [cell for table in summarize.make_tables(runs, left_out) for cell in table]
 
 
-@pytest.fixture
-def page(show):
-    """page(*directories): the tables of the page for these, as lists of {head: text}, and its text."""
-
-    def written(*arguments):
-        Path("page.md").unlink(missing_ok=True)
-        show(*arguments, "--markdown", "page.md")
-        text, tables = Path("page.md").read_text(), []
-        for found in re.findall(r"(?:^\|.*\n)+", text, re.M):
-            heads, _, *lines = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in found.splitlines()]
-            tables.append([dict(zip(heads, line, strict=True)) for line in lines])
-        return tables, text
-
-    return written
+def column(head, *roots):
+    """What stands below a head, from the first cell on."""
+    return [cell.line[head] for cell in cells(*(roots or ["runs"]))]
 
 
 # Cells
 
 
-def test_a_cell_is_the_median_of_its_seeds_last_epochs(cells, show):
+def test_a_cell_is_the_median_of_its_seeds_last_epochs():
     for seed, error in enumerate((4.0, 3.0, 9.0, 3.5, 5.0)):
         write_run(f"runs/SGD/seed{seed}", error, seed=seed)
-    (cell,) = cells("runs")
-    assert [float(cell[name]) for name in ("test_error", "min", "max")] == [4.0, 3.0, 9.0]
-    assert (cell["runs"], cell["unfinished"], cell["experiment"]) == ("5", "0", "")
-    assert "4.00 (3.00 to 9.00, n = 5)" in show("runs")
+    assert column("Error (%)") == ["4.00 (3.00 to 9.00, n = 5)"]
 
 
 @pytest.mark.parametrize("other", [
@@ -116,14 +96,14 @@ def test_a_cell_is_the_median_of_its_seeds_last_epochs(cells, show):
     {"sync_bn": True}, {"config": {"processes": 2}}, {"config": {"weights_from": "logs/other"}},
     {"config": {"float32_convolutions": "TF32"}},
 ], ids=str)  # fmt: skip
-def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(cells, other):
+def test_what_differs_in_more_than_the_seed_is_never_in_one_cell(other):
     write_run("runs/a", 4.0, "AdamG")
     write_run("runs/b", 8.0, "AdamG", **({"seed": 1} | other))
-    assert sorted(float(cell["test_error"]) for cell in cells("runs")) == [4.0, 8.0]
+    assert sorted(column("Error (%)")) == ["4.00", "8.00"]
 
 
 @pytest.mark.parametrize("method", ["SGD", "SGDG"])
-def test_where_a_run_ran_and_how_old_it_is_does_not_split_a_cell(cells, method):
+def test_where_a_run_ran_and_how_old_it_is_does_not_split_a_cell(method):
     """A run from before an option has the option's default."""
     path = write_run("here/a", 4.0, method) / "config.json"
     config = json.loads(path.read_text())
@@ -131,11 +111,10 @@ def test_where_a_run_ran_and_how_old_it_is_does_not_split_a_cell(cells, method):
     path.write_text(json.dumps(config))
     elsewhere = {"device": "cuda", "nthread": 4, "dataroot": "there", "compile": True, "sync_bn": False}
     write_run("there/b", 8.0, method, seed=1, config={"float32_convolutions": "float32"}, **elsewhere)
-    (cell,) = cells("here", "there")
-    assert cell["runs"] == "2"
+    assert column("Error (%)", "here", "there") == ["6.00 (4.00 to 8.00, n = 2)"]
 
 
-def test_an_unfinished_run_is_named_but_not_counted(cells, show):
+def test_an_unfinished_run_is_named_but_not_counted(show):
     """Its last line may be one that is being written."""
     write_run("runs/SGD/seed0", 4.0)
     log = write_run("runs/SGD/seed1", 1.0, seed=1) / "log.txt"
@@ -144,83 +123,77 @@ def test_an_unfinished_run_is_named_but_not_counted(cells, show):
     whole = log.read_text()
     for missing in (1, 30):  # nothing but the line end
         log.write_text(whole[:-missing])
-        found = {
-            cell["method"]: (cell["runs"], cell["unfinished"], cell["test_error"]) for cell in cells("runs")
-        }
-        assert found == {"SGD": ("1", "1", "4"), "SGD-G": ("0", "2", "")}
-        tables, named = show("runs").split("Not counted:")
-        assert re.findall(r"epoch \d of \d", tables) == ["epoch 3 of 5"]
-        assert "- runs/SGD/seed1: unfinished, epoch 4 of 5" in named
+        assert column("Error (%)") == ["4.00", "unfinished, epoch 3 of 5"]
+        assert "- runs/SGD/seed1: unfinished, epoch 4 of 5" in show("runs").split("Not counted:")[1]
 
 
-def test_a_seed_counts_once_and_the_second_is_named(cells, show):
+def test_a_seed_counts_once_and_the_second_is_named(show):
     write_run("runs/first", 1.0, written=2)
     write_run("runs/second", 4.0)
-    (cell,) = cells("runs", "runs/second")  # the same folder twice is no twin
-    assert (cell["runs"], cell["unfinished"]) == ("1", "0")  # the finished one counts
+    assert column("Error (%)", "runs", "runs/second") == ["4.00"]  # the same folder twice is no twin
     assert "- runs/first: seed 0 of the same settings is there as runs/second" in show("runs")
 
 
-def test_an_experiment_is_the_folders_that_name_no_data_network_or_method(cells):
+def test_an_experiment_is_the_folders_that_name_no_data_network_or_method():
     named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
     write_run("runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0", 4.0, **named)
     write_run("runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
     write_run("runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
-    assert [cell["experiment"] for cell in cells("runs")] == ["", "own/rates", "wrn-10-10"]
+    assert column("Experiment") == ["", "own/rates", "wrn-10-10"]
 
 
 # What is shown
 
 
-def test_options_are_named_where_they_differ_from_most_of_the_methods(page):
+def test_options_are_named_where_they_differ_from_most_of_the_methods():
     write_run("runs/a", 4.0, bn_decay=5e-4)
     write_run("runs/b", 4.0, "SGDG")
     write_run("runs/c", 5.0, "SGDG", seed=1, dropout=0.0, config={"weights_from": "logs/a"})
     write_run("runs/d", 5.0, "SGDG", lr=0.02)
-    ((*lines,),), _ = page("runs")
-    assert [line["Other options"] for line in lines] == ["", "weights_from logs/a, dropout 0.0", "", ""]
+    assert column("Other options") == ["", "weights_from logs/a, dropout 0.0", "", ""]
 
 
-def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(page):
+def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(show):
     sets = [("SGD", 0.1, 5.0), ("SGD", 0.2, 4.0, 4.5), ("SGDG", 0.1, 7.0)]
     for method, lr, *errors in sets:
         for seed, error in enumerate(errors):
             write_run(f"runs/grid/{method}/lr{lr}-{seed}", error, method, lr=lr, seed=seed, holdout=100)
     write_run("runs/result/SGD/seed0", 3.0)
-    (results, search), text = page("runs", "--plots", "figures")
-    assert [line["Error (%)"] for line in results] == ["3.00"]
-    assert [list(line.values()) for line in search] == [
-        ["WRN-10-1, grid", "SGD", "4.25 (4.00 to 4.50, n = 2) at 0.2; 5.00 at 0.1"],
-        ["WRN-10-1, grid", "SGD-G", "7.00 at 0.1, 0.2"],
-    ]
-    assert "1,437 training and 360 held-out images" in text.split("choice of hyperparameters")[1]
+    result, search = show("runs", "--plots", "figures").split("### digits, choice of hyperparameters")
+    assert re.findall(r"\d+\.\d\d ", result) == ["3.00 ", "1.03 "]  # error and loss
+    assert "1,437 training and 360 held-out images" in search
+    for row in (
+        "| WRN-10-1, grid | SGD    | 4.25 (4.00 to 4.50, n = 2) at 0.2; 5.00 at 0.1 |",
+        "| WRN-10-1, grid | SGD-G  | 7.00 at 0.1, 0.2                               |",
+    ):
+        assert row in search
     assert sorted(os.listdir("figures")) == ["paper-curves.png", "result-digits-wrn-10-1.png"]
 
 
-def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(cells, page, show):
+def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(show):
     losses = [9.0, 8.0, 2.0, 1.5, 1.0, 0.9, 0.5, 0.4, 0.3, 0.3, 0.2]  # the third phase has two epochs
     for seed in (0, 1):
         falling = [(1 + seed) * loss for loss in losses]
         write_run(f"runs/{seed}", 4.0, losses=falling, seed=seed, epoch_step=[5, 9, 11])
     write_run("runs/unfinished", 4.0, losses=[9.0] * 11, seed=2, written=10, epoch_step=[5, 9, 11])
-    ((line,),), _ = page("runs")
-    assert [line[f"Loss at {end}"] for end in (5, 9, 11)] == [
-        "2.25 (1.50 to 3.00)", "0.600 (0.400 to 0.800)", "0.375 (0.250 to 0.500)"
-    ]  # fmt: skip
-    (cell,) = cells("runs")
-    assert (cell["phases"], cell["train_loss"]) == ("2.25 0.6 0.375", "0.375")
+    ends = [column(f"Loss at {end}") for end in (5, 9, 11)]
+    assert ends == [["2.25 (1.50 to 3.00)"], ["0.600 (0.400 to 0.800)"], ["0.375 (0.250 to 0.500)"]]
     assert re.findall(r"Loss at \d+", show("runs")) == ["Loss at 11"]
 
 
 # Files
 
 
-def test_a_csv_has_every_digit_and_no_formula(cells):
+def test_a_csv_has_every_digit_and_no_formula(show):
     for index, name in enumerate(("=1+1", "+1", "-1", "@a", "\tb", "c")):
-        write_run(f"runs/{index}", 4.0, model=name, losses=[1.23456e-5, 1.23456e-5])
-    found = cells("runs")
+        for seed in (0, 1, 2):
+            write_run(f"runs/{index}/{seed}", 4.0 + seed**2, model=name, losses=[1.23456e-5] * 2, seed=seed)
+    show("runs", "--csv", "table.csv")
+    with open("table.csv") as file:
+        found = list(csv.DictReader(file))
     assert {cell["network"] for cell in found} == {"'=1+1", "'+1", "'-1", "'@a", "\\tb", "c"}
-    assert {cell["train_loss"] for cell in found} == {"1.23456e-05"}
+    wanted = {"test_error": "5", "min": "4", "max": "8", "train_loss": "1.23456e-05", "runs": "3"}
+    assert wanted.items() <= found[0].items()
 
 
 def test_a_page_keeps_what_stands_around_its_two_markers(show):
@@ -240,15 +213,15 @@ def test_a_page_keeps_what_stands_around_its_two_markers(show):
         assert page.read_text() == torn
 
 
-def test_names_break_neither_page_nor_terminal(show, page):
+def test_names_break_neither_page_nor_terminal(show):
     nasty = f"a|b\n<img src=x> `c` *d* [f](g) $x$ & ~~h~~ \x1b[31m \udcff{summarize.END}"
-    write_run("runs/a", 4.0, data=DIGITS | {"name": nasty}, model=f"WRN² {nasty}", an_option=nasty)
-    write_run("runs/b", 4.0, data=DIGITS | {"name": nasty}, model=f"WRN² {nasty}", an_option=1)
-    ((*lines,),), text = page("runs")
-    assert len(lines) == 2
-    plain = re.sub(r"\\[^a-z\s]", "", text.split(summarize.BEGIN)[1])  # without what is escaped
-    assert not re.search(r"[<>`$~]", plain.replace(summarize.END, ""))
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\udcff]", text + show("runs"))
+    for option in (1, nasty):
+        data = DIGITS | {"name": nasty}
+        write_run(f"runs/{len(str(option))}", 4.0, data=data, model=f"WRN² {nasty}", an_option=option)
+    out = show("runs")
+    assert len(re.findall(r"^\|.*\|$", out, re.M)) == 2 + 2
+    assert not re.search(r"(?<!\\)[<>`$~]", out)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\udcff]", out)
 
 
 def test_the_published_tables_are_those_of_the_published_logs(show, monkeypatch):
@@ -320,15 +293,14 @@ def test_an_odd_run_is_named_and_ends_no_other(capsys):
     assert out.count("- runs/odd") == 1 + len(ODD)
 
 
-def test_runs_behind_links_are_found_once_and_published_ones_only_if_named(cells, tmp_path):
+def test_runs_behind_links_are_found_once_and_published_ones_only_if_named(tmp_path):
     write_run("disk/wrn-10-1/SGD/seed0", 4.0)
     write_run("runs/published/theirs/seed1", 8.0, seed=1)
     Path("runs/digits").symlink_to(tmp_path / "disk")
     Path("disk/back").symlink_to(tmp_path / "runs")
     for directories in (["runs"], ["runs", "disk"]):
-        (cell,) = cells(*directories)
-        assert (cell["runs"], cell["experiment"]) == ("1", "")
-    assert [cell["experiment"] for cell in cells("runs", "runs/published")] == ["", "theirs"]
+        assert column("Experiment", *directories) == [""]
+    assert column("Experiment", "runs", "runs/published") == ["", "theirs"]
     Path("runs/digits").unlink()
     with pytest.raises(SystemExit, match="No usable run"):
         summarize.main(["runs"])
@@ -427,11 +399,9 @@ OTHER = {"model": "wrn-16-8"}, {"data": CIFAR10 | {"train_images": 500}}, {"epoc
 
 
 @pytest.mark.parametrize("other", [{}, *OTHER], ids=str)
-def test_the_papers_number_and_curves_stand_beside_ours_only_where_they_may(cells, page, panels, other):
+def test_the_papers_number_and_curves_stand_beside_ours_only_where_they_may(panels, other):
     write_run("runs/SGD/seed0", 4.0, **OF_CIFAR | {"model": "wrn-28-10"} | other)
-    (cell,), ((line,),) = cells("runs"), page("runs")[0]
-    assert cell["paper"] == ("" if other else "3.89")
-    assert [line.get(head) for head in ("Paper", "Diff.")] == ([None, None] if other else ["3.89", "+0.11"])
+    assert [column("Paper"), column("Diff.")] == ([[""], [""]] if other else [["3.89"], ["+0.11"]])
     loss, error = next(iter(panels().values()))
     assert labels(loss) == (["SGD"] if other else ["SGD", *(f"{m}, the paper's" for m in summarize.COLOURS)])
     assert labels(error) == ["SGD"]
@@ -439,7 +409,7 @@ def test_the_papers_number_and_curves_stand_beside_ours_only_where_they_may(cell
         assert [list(zip(*line[1:], strict=True)) for line in curves(loss, method, "--")] == [points]
 
 
-def test_the_papers_number_and_curves_of_svhn(cells, panels):
+def test_the_papers_number_and_curves_of_svhn(panels):
     write_run("runs/a", 4.0, "SGDG", model="wrn-22-8", **OF_SVHN)
-    assert cells("runs")[0]["paper"] == "1.63"
+    assert column("Paper") == ["1.63"]
     assert "SGD-G, the paper's" in labels(next(iter(panels().values()))[0])
