@@ -152,6 +152,7 @@ def read_runs(roots):
                     run = Run(path, root, json.loads(file.read_text(encoding="utf-8")))
                     file = path / LOG
                     run.read_log(file.read_text(encoding="utf-8"))
+                    Cell([run], [])  # raises what its tables would meet
                     runs.append(run)
                 except Exception as error:  # whatever is in a file, it ends its run alone
                     left_out.append(f"{path}: {file.name}: {type(error).__name__}: {error}"[:400])

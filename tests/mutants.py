@@ -533,6 +533,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('g<0>", printable(text))', 'g<0>", text)', "tables names_break"),
         ("except Exception as error:  # whatever is in a file", "except (ValueError, KeyError, OSError) as error:  # whatever is in a file", "tables odd_run"),
         (" or len(lines) > self.epochs", "", "tables odd_run"),
+        ("                    Cell([run], [])  #", "                    pass  #", "tables odd_run"),
         ("if not all(map(math.isfinite, self.losses + self.errors)):", "if False:", "tables odd_run"),
         ("math.isfinite, self.losses + self.errors", "math.isfinite, self.losses", "tables odd_run"),
         ('[line["epoch"] for line in lines] != list(range(1, len(lines) + 1)) or', "", "tables odd_run"),

@@ -267,6 +267,7 @@ ODD = [  # (file, what is there: bytes, or values that replace others; what is s
     ("config.json", b"[" * 100_000, "recursion"),
     ("config.json", b"{}", "KeyError: 'data'"),
     ("config.json", {"options": OPTIONS | {"epochs": 4}}, "its epochs are not the first of 4"),
+    ("config.json", {"options": OPTIONS | {"lr": None}}, "list index out of range"),
     ("log.txt", b"json_stats: {}\n", "KeyError: 'train_loss'"),
     ("log.txt", {"train_loss": float("nan")}, "not all its losses and errors are finite"),
     ("log.txt", {"test_acc": float("nan")}, "not all its losses and errors are finite"),
