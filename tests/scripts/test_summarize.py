@@ -82,12 +82,6 @@ def column(head, *roots):
 # Cells
 
 
-def test_a_cell_is_the_median_of_its_seeds_last_epochs():
-    for seed, error in enumerate((4.0, 3.0, 9.0, 3.5, 5.0)):
-        write_run(f"runs/SGD/seed{seed}", error, seed=seed)
-    assert column("Error (%)") == ["4.00 (3.00 to 9.00, n = 5)"]
-
-
 @pytest.mark.parametrize("other", [
     {"data": DIGITS | {"sha256": "b" * 64}}, {"data": DIGITS | {"name": "other"}}, {"dtype": "bfloat16"},
     {"epochs": 6}, {"epoch_step": [1, 3]}, {"lr_decay_ratio": 0.1}, {"batch_size": 64}, {"holdout": 100},
@@ -134,51 +128,51 @@ def test_a_seed_counts_once_and_the_second_is_named(show):
     assert "- runs/first: seed 0 of the same settings is there as runs/second" in show("runs")
 
 
-def test_an_experiment_is_the_folders_that_name_no_data_network_or_method():
-    named = {"data": DIGITS | {"name": "CIFAR-10 (JPEG)"}}
-    write_run("runs/CIFAR-10-JPEG-/wrn-10-1/SGD/seed0", 4.0, **named)
-    write_run("runs/own/rates/cifar10-jpeg/WRN-10-1/SGD/seed0", 5.0, **named)
-    write_run("runs/cifar10-jpeg/wrn-10-10/SGD/seed0", 6.0, **named)  # not what it holds
-    assert column("Experiment") == ["", "own/rates", "wrn-10-10"]
-
-
 # What is shown
 
 
-def test_options_are_named_where_they_differ_from_most_of_the_methods():
-    write_run("runs/a", 4.0, bn_decay=5e-4)
-    write_run("runs/b", 4.0, "SGDG")
-    write_run("runs/c", 5.0, "SGDG", seed=1, dropout=0.0, config={"weights_from": "logs/a"})
-    write_run("runs/d", 5.0, "SGDG", lr=0.02)
-    assert column("Other options") == ["", "weights_from logs/a, dropout 0.0", "", ""]
+TABLES = """
+### Digits (8x8)
+
+1,437 training and 360 test images (SHA-256 aaaaaaaaaaaa), 6 epochs, learning rates drop after 4, 6.
+
+| Network | Experiment | Method | lr | lrg | Other options | Error (%) | Loss at 4 | Loss at 6 |
+| WRN-10-1 | | SGD-G | 0.02 | 0.2 | | 5.00 | 1.50 | 0.350 |
+| WRN-10-1 | a/b | SGD | 0.1 | | | 4.00 (3.00 to 9.00, n = 3) | 3.00 (1.50 to 4.50) | 0.700 (0.350 to 1.05) |
+| WRN-10-1 | a/b | SGD-G | 0.01 | 0.2 | processes 2, dropout 0.0 | 5.00 | 1.50 | 0.350 |
+| WRN-10-1 | a/b | SGD-G | 0.01 | 0.2 | | 4.00 | 1.50 | 0.350 |
+
+### Digits (8x8), choice of hyperparameters
+
+1,437 training and 360 held-out images (SHA-256 aaaaaaaaaaaa), 6 epochs, learning rates drop after 4, 6.
+
+| Network | Method | Held-out error (%) at lr, lrg |
+| WRN-10-1, grid | SGD | 4.25 (4.00 to 4.50, n = 2) at 0.2; 5.00 at 0.1 |
+| WRN-10-1, wrn-10-10 | Adam-G | 7.00 at 0.01, 0.05 |
+
+Error: the last epoch's."""
 
 
-def test_held_out_runs_have_a_table_of_their_own_with_the_best_first(show):
-    sets = [("SGD", 0.1, 5.0), ("SGD", 0.2, 4.0, 4.5), ("SGDG", 0.1, 7.0)]
-    for method, lr, *errors in sets:
-        for seed, error in enumerate(errors):
-            write_run(f"runs/grid/{method}/lr{lr}-{seed}", error, method, lr=lr, seed=seed, holdout=100)
-    write_run("runs/result/SGD/seed0", 3.0)
-    result, search = show("runs", "--plots", "figures").split("### digits, choice of hyperparameters")
-    assert re.findall(r"\d+\.\d\d ", result) == ["3.00 ", "1.03 "]  # error and loss
-    assert "1,437 training and 360 held-out images" in search
-    for row in (
-        "| WRN-10-1, grid | SGD    | 4.25 (4.00 to 4.50, n = 2) at 0.2; 5.00 at 0.1 |",
-        "| WRN-10-1, grid | SGD-G  | 7.00 at 0.1, 0.2                               |",
-    ):
-        assert row in search
-    assert sorted(os.listdir("figures")) == ["paper-curves.png", "result-digits-wrn-10-1.png"]
-
-
-def test_the_loss_at_a_phases_end_is_the_median_of_its_last_three_epochs(show):
-    losses = [9.0, 8.0, 2.0, 1.5, 1.0, 0.9, 0.5, 0.4, 0.3, 0.3, 0.2]  # the third phase has two epochs
-    for seed in (0, 1):
-        falling = [(1 + seed) * loss for loss in losses]
-        write_run(f"runs/{seed}", 4.0, losses=falling, seed=seed, epoch_step=[5, 9, 11])
-    write_run("runs/unfinished", 4.0, losses=[9.0] * 11, seed=2, written=10, epoch_step=[5, 9, 11])
-    ends = [column(f"Loss at {end}") for end in (5, 9, 11)]
-    assert ends == [["2.25 (1.50 to 3.00)"], ["0.600 (0.400 to 0.800)"], ["0.375 (0.250 to 0.500)"]]
-    assert re.findall(r"Loss at \d+", show("runs")) == ["Loss at 11"]
+def test_what_the_tables_say(show):
+    """Medians and ranges over seeds, of the last epochs and each phase's last three; what a folder names."""
+    losses, data = [9.0, 2.0, 1.5, 1.0, 0.4, 0.3], DIGITS | {"name": "Digits (8x8)"}
+    common = {"data": data, "epoch_step": [4, 6]}
+    for seed, error in enumerate((4.0, 3.0, 9.0)):
+        rising = [(1 + seed) * loss for loss in losses]
+        write_run(f"runs/a/b/digits8x8/SGD/seed{seed}", error, losses=rising, seed=seed, **common)
+    common["losses"] = losses
+    write_run("runs/a/b/digits8x8/SGDG/a", 4.0, "SGDG", **common)
+    write_run("runs/a/b/digits8x8/SGDG/b", 5.0, "SGDG", dropout=0.0, config={"processes": 2}, **common)
+    write_run("runs/DIGITS-8X8/wrn-10-1/SGDG/c", 5.0, "SGDG", lr=0.02, **common)
+    for lr, seed, error in ((0.1, 0, 5.0), (0.2, 0, 4.0), (0.2, 1, 4.5)):
+        write_run(f"runs/grid/{lr}-{seed}", error, lr=lr, seed=seed, holdout=100, **common)
+    write_run("runs/wrn-10-10/AdamG/x", 7.0, "AdamG", holdout=100, **common)  # not what it holds
+    show("runs", "--markdown", "page.md", "--plots", "figures")
+    said = re.sub(" +", " ", re.sub(r"\| -[-| ]*\n", "", Path("page.md").read_text()))
+    assert TABLES in said
+    assert set(re.findall(r"Loss at \d+", show("runs"))) == {"Loss at 6"}
+    drawn = ["a-b-digits-8x8-wrn-10-1.png", "digits-8x8-wrn-10-1.png", "paper-curves.png"]
+    assert sorted(os.listdir("figures")) == drawn  # no search
 
 
 # Files
