@@ -568,7 +568,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("if flags or d not in done", "", "sweeps let_main_judge"),
         ('r"\\d+$|(GPU|MIG)-"', '""', "sweeps cuda_sees"),
         ("gpus[i % len(gpus)]", "gpus[0]", "sweeps gpus_by_turns"),
-        ("// jobs))", "))", "sweeps gpus_by_turns"),
+        ("// jobs))", "))", "sweeps share_the_cores"),
         ('"start_new_session": True', '"start_new_session": False', "sweeps asks_each_run_once"),
         ("process.terminate()", "process.kill()", "sweeps asks_each_run_once"),
         ("if self.signals and number == signal.SIGHUP:", "if False:", "sweeps asks_each_run_once"),

@@ -258,19 +258,27 @@ def test_the_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch, visible, gpus)
     assert sweep.visible_gpus() == gpus
 
 
-@pytest.mark.parametrize(("visible", "jobs"), [("4,6", 3), ("", 2)])
-def test_runs_take_the_gpus_by_turns_or_share_the_cores(tree, start, visible, jobs):
+def test_runs_take_the_gpus_by_turns(tree, start):
     (tree / "slow").touch()
-    process = start(**SMALL, JOBS=jobs, CUDA_VISIBLE_DEVICES=visible)
-    wait_for_runs(tree, process, jobs)
-    expected = ["4", "6", "4"] if visible else ["", ""]
-    assert Counter(gpu for _, _, gpu, *_ in calls(tree)) == Counter(expected)
+    process = start(**SMALL, JOBS=3, CUDA_VISIBLE_DEVICES="4,6")
+    wait_for_runs(tree, process, 3)
+    assert sorted(c[2] for c in calls(tree)) == ["4", "4", "6"]
     (tree / "slow").unlink()
     out, _ = process.communicate()
-    assert f"; {jobs} at once, on {2 if visible else 0} GPUs" in out
+    assert "; 3 at once, on 2 GPUs" in out
     assert len(calls(tree)) == len({c[0] for c in calls(tree)}) == 8
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert {c[3] for c in calls(tree)} == {"None" if visible else str(share)}
+    assert {c[3] for c in calls(tree)} == {"None"}
+
+
+def test_runs_without_a_gpu_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("JOBS", "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(sweep.Runs, "run_all", lambda runs: [])
+    sweep.main("table1_x.sh", "vgg-13", "CIFAR10", "200", "0.3")
+    assert os.environ.pop("OMP_NUM_THREADS") == "2"
 
 
 @pytest.mark.parametrize(("number", "kill", "hup"), [
