@@ -333,7 +333,9 @@ def figure_of_the_paper():
 
 def plan_figures(tables, target):
     """{path: (title, panels)}: in the folder `target`, or one figure in the file of that name."""
-    figures = [figure for cells in tables if not cells[0].any.holdout for figure in figures_of(cells)]
+    results = [cells for cells in tables if not cells[0].any.holdout]
+    begun = [[cell for cell in cells if any(run.losses for run in cell.all_runs)] for cells in results]
+    figures = [figure for cells in filter(None, begun) for figure in figures_of(cells)]
     if target.suffix and not target.is_dir():
         if len(figures) != 1:
             sys.exit(f"summarize.py: {target} is one file for {len(figures)} figures: name a directory")

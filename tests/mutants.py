@@ -540,6 +540,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         (' if name != "published")', ")", "tables behind_links"),
         ("Path(folder), Path(folder).resolve()", "Path(folder), Path(folder)", "tables behind_links"),
         (", followlinks=True", "", "tables behind_links"),
+        ("in filter(None, begun) for", "in results for", "tables and_their_median"),
         ("1 - 0.8 * index", "1 - 0 * index", "tables side_by_side"),
         ("run.errors[run.epochs // 5 :]", "run.errors", "tables and_their_median"),
         ("for at in zip(*(getattr(run, quantity) for run in cell.runs), strict=True)]", "for at in zip(*(getattr(run, quantity) for run in cell.all_runs), strict=False)]", "tables and_their_median"),

@@ -339,7 +339,8 @@ def test_a_figure_shows_the_runs_and_their_median(panels):
             drawn = {"seed": seed, "losses": [5.0, 4.0, 3.0, 2.0, 1.0], "epoch_step": [2, 3, 5]}
             write_run(f"runs/{method}{seed}", 4.0 + more, method, **drawn)
     write_run("runs/unfinished", 50.0, "AdamG", **{**drawn, "seed": 3}, written=3)
-    loss, error = panels()["digits-wrn-10-1.png"]
+    write_run("runs/just_begun", 50.0, model="another", written=0)
+    (loss, error), _ = panels().values()
     assert (loss.get_title(), loss.get_yscale()) == ("Training loss", "log")
     assert loss.yaxis.get_major_formatter()(0.01, 0) == "0.01"  # not a power as a formula
     assert (error.get_title(), error.get_yscale()) == ("Test error (%)", "linear")
