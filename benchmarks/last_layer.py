@@ -57,7 +57,6 @@ def training_logits(t: Training) -> tuple[Tensor, Tensor]:
 
 @utils.repeatable()
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print one line per run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory with a checkpoint")
     parser.add_argument("--dataroot", help="if the images are no longer where the runs found them")
@@ -66,21 +65,18 @@ def main(argv: list[str] | None = None) -> None:
     figures: list[dict] = []
     print(f"{'length':>7} {'loss':>9} {'at the first length':>20}  run")
     for run in args.runs:
-        try:
-            t = trained(run, args.dataroot)
-        except utils.UserError as error:
-            parser.error(str(error))
+        t = trained(run, args.dataroot)
         logits, labels = training_logits(t)
         length, bias = t.model.fc.weight.norm().item(), t.model.fc.bias.detach()
         factor = figures[0]["length"] / length if figures else 1
-        losses = [cross_entropy(z, labels).item() for z in (logits, factor * (logits - bias) + bias)]
-        names = ("run", "images", "length", "loss", "loss_at_first_length")
-        figures.append(dict(zip(names, (run, len(labels), length, *losses), strict=True)))
-        print(f"{length:7.2f} {losses[0]:#9.3g} {losses[1]:#20.3g}  {run}")
+        loss, other = (cross_entropy(z, labels).item() for z in (logits, factor * (logits - bias) + bias))
+        figure = {"run": run, "images": len(labels), "length": length, "loss": loss}
+        figures.append({**figure, "loss_at_first_length": other})
+        print(f"{length:7.2f} {loss:#9.3g} {other:#20.3g}  {run}")
     if args.json:
         result = {"environment": utils.environment(t.device), "runs": figures}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(utils.answer(main))

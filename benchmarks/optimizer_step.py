@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +46,6 @@ class PlainOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of every group."""
         self.sgd.step()
         for group in self.param_groups:
             for p in group["params"] if group.get("grassmann") else []:
@@ -67,10 +67,10 @@ class PlainOptimizer(torch.optim.Optimizer):
 def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
     """Name -> one step. Parameters have gradients already; rows on G(1,n) become unit rows."""
     params = list(model.parameters())
-    matrices = []
-    for p in go.grassmann_weights(model).values():
-        matrices.append(nn.Parameter(go.unit(p.detach().flatten(1))[0]))
-        matrices[-1].grad = p.grad.flatten(1)
+    weights = go.grassmann_weights(model).values()
+    matrices = [nn.Parameter(go.unit(p.detach().flatten(1))[0]) for p in weights]
+    for matrix, p in zip(matrices, weights, strict=True):
+        matrix.grad = p.grad.flatten(1)
     momentum = {"lr": 1e-4, "momentum": 0.9}
     options = {**momentum, "weight_decay": 5e-4, "nesterov": True}
     variants = {
@@ -82,7 +82,10 @@ def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
             groups = go.grassmann_param_groups(model, lr=0.01, lrg=0.2, omega=omega)
             variants[f"{name} omega={omega:g}"] = cls(groups).step
     variants[PRODUCTS] = lambda: [(y @ y.T) @ y for y in map(Tensor.detach, matrices)]
-    variants[COPY] = copies(params)
+    # A step reads y, g, tau and writes y, tau; a copy reads one and writes one.
+    source = torch.randn(sum(p.numel() for p in params) * 5 // 2, device=params[0].device)
+    target = torch.empty_like(source)
+    variants[COPY] = lambda: target.copy_(source)
     variants["Muon, the matrices on G(1,n)"] = torch.optim.Muon(matrices, lr=1e-4).step
     if geoopt and adamp:
         spheres = [geoopt.ManifoldParameter(m.data, manifold=geoopt.SphereExact()) for m in matrices]
@@ -91,13 +94,6 @@ def make_variants(model: nn.Module) -> dict[str, Callable[[], object]]:
         variants["geoopt RiemannianSGD, the same"] = geoopt.optim.RiemannianSGD(spheres, 1e-4, 0.9).step
         variants["adamp SGDP, the same"] = adamp.SGDP(matrices, **momentum, nesterov=True).step
     return variants
-
-
-def copies(params: list[Tensor]) -> Callable[[], Tensor]:
-    """Copy the bytes that a step moves: it reads y, g, tau, writes y, tau; a copy reads one, writes one."""
-    source = torch.randn(sum(p.numel() for p in params) * 5 // 2, device=params[0].device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 def seconds(step: Callable[[], object], cuda: bool) -> float:
@@ -110,7 +106,6 @@ def seconds(step: Callable[[], object], cuda: bool) -> float:
 
 
 def wait(cuda: bool) -> None:
-    """For the device to finish its work."""
     if cuda:
         torch.cuda.synchronize()
 
@@ -125,11 +120,8 @@ def peak_memory(step: Callable[[], object], cuda: bool) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 def table(times: dict[str, list[float]], peaks: dict[str, int]) -> str:
@@ -146,7 +138,6 @@ def table(times: dict[str, list[float]], peaks: dict[str, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--width", type=int, default=10)

@@ -3,9 +3,8 @@
     python benchmarks/peers.py METHOD --json FILE [--test DIR] [--fc_lr RATE] [main.py's flags]
 
 FILE gets the options, each epoch's losses and test error, and the error on all images of DIR/test. --lrg is
-the rate of the rows, the weights that SGD-G has on G(1,n), --lr that of all else. METHODS names the
-optimizers of both; sgd and sgdg are main.py's own, with --fc_lr for the last layer alone. ObliqueSGD (NVIDIA
-Emerging-Optimizers) is oblique without clipping and regularizer.
+the rate of the rows, the weights that SGD-G has on G(1,n), --lr that of all else. sgd and sgdg are main.py's
+own optimizers, with --fc_lr for the last layer alone.
 """
 
 import argparse
@@ -30,19 +29,14 @@ import main as program
 SGD, SGDG = ("--optim_method", "SGD"), ("--optim_method", "SGDG")
 BARE = (*SGDG, "--omega", "0", "--grad_clip", "none")
 METHODS = {  # flags that main.py makes the groups by; optimizer of the rows, and of the rest
-    "sgd": (SGD,),
-    "sgdg": (SGDG,),
+    "sgd": (SGD,), "sgdg": (SGDG,), "adamw": (SGD, "AdamW", "AdamW"), "sgdp": (SGD, "SGDP", "SGDP"),
+    "muon": (BARE, "Muon", "AdamW"), "adamh": (BARE, "AdamH", "AdamW"), "bare": (BARE, "Rows", "SGD"),
+    "rsgd": (BARE, "RiemannianSGD", "SGD"),  # geoopt's
     "exact": (SGDG, "Rows", "SGD"),  # other than sgdg in rounding alone
     "retract": (SGDG, "Rows, retracting", "SGD"),  # without Eq. 7
     "untransported": (SGDG, "Rows, untransported", "SGD"),  # without Eq. 8
     "oblique": (SGDG, "Rows, retracting, untransported", "SGD"),
-    "bare": (BARE, "Rows", "SGD"),
-    "adamw": (SGD, "AdamW", "AdamW"),
-    "sgdp": (SGD, "SGDP", "SGDP"),
-    "muon": (BARE, "Muon", "AdamW"),
-    "adamh": (BARE, "AdamH", "AdamW"),
-    "rsgd": (BARE, "RiemannianSGD", "SGD"),
-}
+}  # fmt: skip
 
 
 class Rows(torch.optim.Optimizer):
@@ -53,30 +47,29 @@ class Rows(torch.optim.Optimizer):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         (group,) = self.param_groups
         for p in group["params"]:
             tau = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             y, _ = go.unit(p)
-            g = p.grad + group["omega"] * go.orthogonality_gradient(y) if group["omega"] else p.grad
-            h = go.project(y, g)
-            h = h if group["grad_clip"] is None else go.clip_by_norm(h, group["grad_clip"])
+            h = go.project(y, p.grad + group["omega"] * go.orthogonality_gradient(y))
+            h = go.clip_by_norm(h, group["grad_clip"] or float("inf"))
             tau.mul_(group["momentum"]).sub_(group["lr"] * h)
             d = go.project(y, tau)  # tau itself, if it is transported
             u, length = go.unit(d)
-            turn = u * length.atan() if "retracting" in group["changes"] else d
-            p.copy_(go.unit(y + d)[0] if "retracting" in group["changes"] else go.exp_map(y, d))
+            retracts = "retracting" in group["changes"]
+            p.copy_(go.unit(y + d)[0] if retracts else go.exp_map(y, d))
             if "untransported" not in group["changes"]:
-                tau.copy_(go.parallel_translate(d, y, turn))
+                tau.copy_(go.parallel_translate(d, y, u * length.atan() if retracts else d))
 
 
 class AdamH(torch.optim.Adam):
     """Hyperball (arXiv 2606.16899): W becomes R N(W - lr R N(u)); u Adam's step, R = |W|, N(x) = x / |x|."""
 
     @torch.no_grad()
-    def step(self, closure=None):
-        (group,) = self.param_groups
-        before, lr = [w.clone() for w in group["params"]], group["lr"]
+    def step(self):
+        group, lr = self.param_groups[0], self.param_groups[0]["lr"]
+        before = [w.clone() for w in group["params"]]
         group["lr"] = 1.0
         super().step()  # leaves W - u
         group["lr"] = lr
@@ -88,30 +81,23 @@ class AdamH(torch.optim.Adam):
 
 def make_part(name: str, params: list[nn.Parameter], group: dict) -> torch.optim.Optimizer:
     """The optimizer that METHODS names, of a group of main.py's; what no flag gives is its default."""
-    lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+    lr, momentum, decay = group["lr"], group["momentum"], {"weight_decay": group["weight_decay"]}
     if name.startswith("Rows"):
         return Rows([{**group, "params": params, "changes": name}], {})
-    if name == "AdamH":
-        return AdamH(params, lr)
-    if name == "AdamW":
-        return torch.optim.AdamW(params, lr, weight_decay=decay)
-    if name == "Muon":  # rates scaled as AdamW's: arXiv 2502.16982
-        return torch.optim.Muon(params, lr, adjust_lr_fn="match_rms_adamw")
+    if name in ("SGD", "SGDP"):  # arXiv 2006.08217
+        cls = torch.optim.SGD if name == "SGD" else import_module("adamp").SGDP
+        return cls(params, lr, momentum, nesterov=True, **decay)
     if name == "RiemannianSGD":
         geoopt = import_module("geoopt")
         params = [geoopt.ManifoldParameter(p.data, manifold=geoopt.SphereExact()) for p in params]
         return geoopt.optim.RiemannianSGD(params, lr, momentum)
-    cls = torch.optim.SGD if name == "SGD" else import_module("adamp").SGDP  # arXiv 2006.08217
-    return cls(params, lr, momentum, weight_decay=decay, nesterov=momentum > 0)
-
-
-def matrix(t: Tensor) -> Tensor:
-    """A convolution's weight as its rows (rows, n): a view where it is channels_last; others as they are."""
-    return t.movedim(1, -1).flatten(1) if t.ndim > 2 else t
+    if name == "Muon":  # rates scaled as AdamW's: arXiv 2502.16982
+        return torch.optim.Muon(params, lr, adjust_lr_fn="match_rms_adamw")
+    return AdamH(params, lr) if name == "AdamH" else torch.optim.AdamW(params, lr, **decay)
 
 
 class Peer(torch.optim.Optimizer):
-    """The optimizers of main.py's groups, in `parts`, at the groups' rates; convolutions as matrices."""
+    """The optimizers of main.py's groups, at the groups' rates; convolutions as matrices of rows."""
 
     def __init__(self, groups: list[dict], of_rows: str, of_rest: str):
         super().__init__(groups, {})
@@ -120,12 +106,17 @@ class Peer(torch.optim.Optimizer):
         self.parts = list(map(make_part, names, params, groups))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group, part in zip(self.param_groups, self.parts, strict=True):
             part.param_groups[0]["lr"] = group["lr"]
             for p, m in zip(group["params"], part.param_groups[0]["params"], strict=True):
                 m.grad = matrix(p.grad)
             part.step()
+
+
+def matrix(t: Tensor) -> Tensor:
+    """A convolution's weight as its rows (rows, n): a view where it is channels_last; others as they are."""
+    return t.movedim(1, -1).flatten(1) if t.ndim > 2 else t
 
 
 def split_off(layer: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -145,8 +136,13 @@ def evaluate(save: str, root: str) -> dict:
     return {"images": int(images.replace(",", "")), "loss": float(loss), "error": float(error)}
 
 
-def run(args: argparse.Namespace, words: list[str], save: str) -> dict:
-    """Train in the directory `save`; what goes to the JSON."""
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the result's")
+    parser.add_argument("--test", metavar="DIR", help="evaluate on the images in DIR/test at the end")
+    parser.add_argument("--fc_lr", type=float, metavar="RATE", help="of the last layer alone")
+    args, words = parser.parse_known_args(argv)
     flags, *names = METHODS[args.method]
     own = program.make_optimizer
 
@@ -156,31 +152,19 @@ def run(args: argparse.Namespace, words: list[str], save: str) -> dict:
             split_off(model.fc, optimizer, args.fc_lr)
         return Peer(optimizer.param_groups, *names) if names else optimizer
 
-    # main.py has no flag for other optimizers; with this one name replaced, all else of the run is its own.
-    with mock.patch.object(program, "make_optimizer", make_optimizer):
-        if code := program.main([*flags, *words, "--save", save]):
-            sys.exit(code)
-    lines = [json.loads(line.partition(": ")[2]) for line in Path(save, "log.txt").read_text().splitlines()]
-    epochs = {name: [line[name] for line in lines] for name in ("train_loss", "test_loss", "angle_degrees")}
-    return {
-        **{"method": args.method, "optimizers": names, "fc_lr": args.fc_lr},
-        **json.loads(Path(save, "config.json").read_text()),
-        "test": evaluate(save, args.test) if args.test else None,
-        "epochs": {"test_error": [round(100 - line["test_acc"], 4) for line in lines], **epochs},
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="the result's")
-    parser.add_argument("--test", metavar="DIR", help="evaluate on the images in DIR/test at the end")
-    parser.add_argument("--fc_lr", type=float, metavar="RATE", help="of the last layer alone")
-    args, words = parser.parse_known_args(argv)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as save:  # checkpoints too, which nobody can resume
-        result = run(args, words, save)
+        # main.py has no flag for other optimizers; with this one name replaced, all else is its own.
+        with mock.patch.object(program, "make_optimizer", make_optimizer):
+            if code := program.main([*flags, *words, "--save", save]):
+                sys.exit(code)
+        log = [json.loads(line.partition(": ")[2]) for line in Path(save, "log.txt").read_text().splitlines()]
+        names_of = ("train_loss", "test_loss", "angle_degrees")
+        epochs = {name: [line[name] for line in log] for name in names_of}
+        epochs["test_error"] = [round(100 - line["test_acc"], 4) for line in log]
+        result = {"method": args.method, "optimizers": names, "fc_lr": args.fc_lr, "epochs": epochs}
+        result |= json.loads(Path(save, "config.json").read_text())
+        result["test"] = evaluate(save, args.test) if args.test else None
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result) + "\n")
 
 

@@ -32,18 +32,15 @@ SETTINGS = [*(("SGD", lr, None) for lr in (0.1, 0.3, 1.0)),
 
 
 def conv(before: int, after: int, stride: int, size: int = 3) -> nn.Sequential:
-    """A convolution with BN and ReLU."""
     convolution = nn.Conv2d(before, after, size, stride, size // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
 
 
 def block(before: int, after: int) -> nn.Module:
-    """Two convolutions beside a 1x1 convolution, each with BN."""
     return BasicBlock(before, after, 2, conv(before, after, 2, 1)[:2])
 
 
 def dense(before: int, after: int) -> list[nn.Module]:
-    """A linear layer with BN and ReLU."""
     return [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
 
 
@@ -83,7 +80,6 @@ def train(name: str, method: str, lr: float, lrg: float | None, steps: int, seed
 
 
 def table(runs: list[dict]) -> str:
-    """Loss and test error of all settings, in Markdown."""
     columns = dict.fromkeys(f"{run['model']}, {run['steps']:,} steps" for run in runs)
     rows = {("method", "`lr`, `lrg`"): [*columns], ("---", "---"): ["---"] * len(columns)}
     for run in runs:
@@ -94,16 +90,14 @@ def table(runs: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
     runs = []
     for model, steps, (method, lr, lrg) in itertools.product(MODELS, STEPS, SETTINGS):
         results = [train(model, method, lr, lrg, steps, seed) for seed in range(SEEDS)]
-        losses, errors = zip(*results, strict=True)
-        run = {"model": model, "steps": steps, "method": method, "lr": lr, "lrg": lrg}
-        runs.append({**run, "losses": losses, "errors": errors})
+        runs.append({"model": model, "steps": steps, "method": method, "lr": lr, "lrg": lrg})
+        runs[-1]["losses"], runs[-1]["errors"] = zip(*results, strict=True)
     print(table(runs))
     if args.json:
         result = {"environment": environment(torch.device("cpu")), "runs": runs}

@@ -7,17 +7,16 @@ All other flags are main.py's, of a run; the images are scikit-learn's digits. T
 the same network from the same weights as a script does that follows the paper line by line: float32, eager,
 contiguous, the optimizer weight by weight. In float32 without dropout both compute the same losses.
 
-Whole steps are timed without waiting for the device in between; on a GPU the parts come from CUDA events.
-"Waiting for input" is the time in which the loop stands still for the next batch. The share of a large
-product's rate counts the multiply-adds of convolutions and classifier, for a step 3 times those of a forward
-pass; the product is of the convolutions' type. A gain above 1 is in our favour.
+Steps are timed without waiting for the device; on a GPU by CUDA events. "Waiting for input" is the time in
+which the loop stands still for the next batch. The share of a large product's rate counts the multiply-adds
+of convolutions and classifier, for a step 3 times those of a forward pass; the product is of the
+convolutions' type. A gain above 1 is in our favour.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -59,7 +58,6 @@ class PlainTraining(Training):
         self.optimizer = PlainOptimizer(self.optimizer.param_groups)
 
     def inputs(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Training.inputs`, contiguous."""
         x, labels = super().inputs(images, labels)
         return x.contiguous(), labels
 
@@ -71,62 +69,57 @@ class Turns:
         self.t = training(options, data)
         self.cuda = self.t.device.type == "cuda"
         self.batches = TrainBatches(data.train_images, data.train_labels, options.randomcrop_pad)
-        self.moments: dict[str, list] = {"start": [], "before": [], "after": []}  # of each step
-        self.t.optimizer.register_step_pre_hook(lambda *_: self._mark("before"))
-        self.t.optimizer.register_step_post_hook(lambda *_: self._mark("after"))
-        with closing(self._iterate()) as batches:
-            losses = [self._step(*batch).item() for batch in islice(batches, 3)]
-        self.figures = {"losses": losses}
+        self.moments: list = []  # start, before the optimizer, after it, of each step
+        self.t.optimizer.register_step_pre_hook(lambda *_: self._mark())
+        self.t.optimizer.register_step_post_hook(lambda *_: self._mark())
+        losses, _ = self._train(3)
+        self.figures = {"losses": [loss.item() for loss in losses]}
         self.multiply_adds = multiply_adds(self.t.model, torch.zeros(1, 3, 32, 32, device=self.t.device))
         self.t.model.train()
         product_flops(self.t)  # warms up, too
 
     def turn(self, steps: int) -> None:
         """Time some steps of an epoch after a first one, which also waits for the threads to start."""
-        waits = []
-        with closing(self._iterate()) as batches:
-            self._step(*next(batches))
-            wait(self.cuda)
-            for moments in self.moments.values():
-                moments.clear()
-            started = asked = time.perf_counter()
-            for images, labels in islice(batches, steps):
-                waits.append(time.perf_counter() - asked)
-                self._step(images, labels)
-                asked = time.perf_counter()
-            wait(self.cuda)
-            step = (time.perf_counter() - started) / len(waits)
+        _, waits = self._train(1 + steps)
+        wait(self.cuda)
+        starts, befores, afters = (self.moments[i::3] for i in range(3))
+        step = self._between(afters[0], afters[-1]) / len(afters[1:])
         rate, product = self.t.options.batch_size / step, product_flops(self.t)
         turn = {
             "images_per_s": rate,
             "step_s": step,
-            "forward_backward_s": self._between("start", "before"),
-            "optimizer_s": self._between("before", "after"),
-            "input_wait_s": mean(waits),
+            "forward_backward_s": mean(map(self._between, starts[1:], befores[1:])),
+            "optimizer_s": mean(map(self._between, befores[1:], afters[1:])),
+            "input_wait_s": mean(waits[1:]),
             "product_flops": product,
             "share_of_product": 3 * 2 * self.multiply_adds * rate / product,
         }
         for key, value in turn.items():
             self.figures.setdefault(key, []).append(value)
 
-    def _iterate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches.iterate(self.t.plan(), nthread=self.t.options.nthread, pin_memory=self.cuda)
+    def _train(self, steps: int) -> tuple[list[Tensor], list[float]]:
+        """The first steps of an epoch: their losses, and how long each waited for its batch."""
+        losses, waits = [], []
+        self.moments.clear()
+        batches = self.batches.iterate(self.t.plan(), nthread=self.t.options.nthread, pin_memory=self.cuda)
+        with closing(batches):
+            asked = time.perf_counter()
+            for images, labels in islice(batches, steps):
+                waits.append(time.perf_counter() - asked)
+                self._mark()
+                losses.append(self.t.step(*self.t.inputs(images, labels))[0])
+                asked = time.perf_counter()
+        return losses, waits
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        self._mark("start")
-        return self.t.step(*self.t.inputs(images, labels))[0]
-
-    def _mark(self, name: str) -> None:
+    def _mark(self) -> None:
         """Now, on the device's own time line."""
         moment = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
             moment.record()
-        self.moments[name].append(moment)
+        self.moments.append(moment)
 
-    def _between(self, a: str, b: str) -> float:
-        """Mean seconds of the finished steps."""
-        pairs = zip(self.moments[a], self.moments[b], strict=True)
-        return mean(m.elapsed_time(n) / 1e3 if self.cuda else n - m for m, n in pairs)
+    def _between(self, a, b) -> float:
+        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
 
 
 def product_flops(t: Training) -> float:
@@ -157,16 +150,12 @@ def table(ours: dict, plain: dict, gain: dict) -> str:
 
 @utils.repeatable()
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="times that each configuration takes its turn")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed in a turn")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args, rest = parser.parse_known_args(argv)
-    try:
-        options, _ = parse_options([*rest, "--dataset", "digits"])
-    except utils.UserError as error:
-        parser.error(str(error))
+    options, _ = parse_options([*rest, "--dataset", "digits"])
     data = load_data("digits", options.dataroot)
     ours, plain = Turns(Training, options, data), Turns(PlainTraining, options, data)
     for _ in range(args.rounds):
@@ -185,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(utils.answer(main))

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from threading import RLock
 
 DECIDED = "--(model|depth|width|dataset|optim_method|seed|epochs|epoch_step|save|resume)(=|$)"  # by the sweep
+SETTINGS = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
 
 
 def setting(name: str, default: str, form: str, meaning: str, most: int = 9999) -> list[str]:
@@ -93,11 +94,10 @@ class Runs:
         if self.signals and number == signal.SIGHUP:  # a lost terminal may send it twice
             return
         self.signals.append(number)
-        if len(self.signals) == 1:
-            say(f"signal {number}: waiting for the runs' checkpoints (once more to end them at once)", 2)
+        say(f"signal {number}: waiting for the runs' checkpoints (once more to end them at once)", 2)
         with self.starting:
             for process in self.processes:
-                process.send_signal(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
+                process.terminate()  # the second time main.py ends at once
 
     def run(self, directory: Path) -> str:
         """Returns why the run failed, or nothing."""
@@ -108,19 +108,18 @@ class Runs:
                     return ""
                 process = self.start(directory, output, slot)
             if (code := process.wait()) and not self.signals:
-                failure = f"failed with exit code {code if code > 0 else 128 - code}: {output}: "
-                failure += "".join(output.read_text(errors="replace").splitlines()[-1:])
+                last = "".join(output.read_text(errors="replace").splitlines()[-1:])
+                failure = f"failed with exit code {code}: {output}: {last}"
         except OSError as error:
-            failure += str(error)
+            failure = f"failed: {error}"
         finally:
             self.free.put(slot)
-        state = "failed  " if failure else "finished" if finished(directory, self.epochs) else "stopped "
-        reason = failure and f": {failure.rpartition(': ')[2]}"
-        say(f"{time.strftime('%T')} {state} {directory}{reason}")
+        state = failure or ("finished" if finished(directory, self.epochs) else "stopped")
+        say(f"{time.strftime('%T')} {directory} {state}")
         return failure
 
     def start(self, directory: Path, output: Path, slot: dict[str, str]) -> subprocess.Popen:
-        say(f"{time.strftime('%T')} start    {directory}")
+        say(f"{time.strftime('%T')} {directory} starts")
         directory.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as file:
             # A session of its own: Ctrl-C and a lost terminal do not reach it, it is asked just once.
@@ -165,8 +164,7 @@ def main(script: str, models: str, datasets: str, epochs: str, drops: str, *word
         say(failure, 2)
     say(f"{len(done)} of {len(cells)} runs are finished, {len(failures)} failed")
     if len(done) < len(cells):
-        names = ("MODELS", "DATASETS", "METHODS", "SEEDS", "EPOCHS", "JOBS")
-        given = [f"{name}={shlex.quote(os.environ[name])} " for name in names if name in os.environ]
+        given = [f"{name}={shlex.quote(os.environ[name])} " for name in SETTINGS if name in os.environ]
         say(f"to continue: {''.join(given)}bash {shlex.join([script, *words])}")
     return 128 + runs.signals[0] if runs.signals else min(len(failures), 1)
 

@@ -12,6 +12,8 @@ import torch
 from helpers import METHODS, ROOT, call
 from torch.utils.flop_counter import FlopCounterMode
 
+import utils
+
 sys.path.append(str(ROOT / "benchmarks"))
 
 import last_layer
@@ -45,191 +47,182 @@ class Clock:
         self.now += seconds
 
 
-class TestOptimizerStep:
-    def test_the_table_of_given_times(self):
-        times = {"SGD foreach": [1e-3, 2e-3, 9e-3], "SGDG omega=0": [4e-3] * 3, "SGDG omega=0.1": [0.03] * 3}
-        times |= {"copy of a step's bytes": [1e-3] * 3, "matrix products alone": [5e-3] * 3}
-        *lines, floor = optimizer_step.table(times, dict.fromkeys(times, 2_500_000)).splitlines()
-        rows = {line[:30].strip(): line[30:].split() for line in lines}
-        assert rows["SGD foreach"] == ["2.00", "1.00", "1.00", "2.5"]
-        assert rows["SGDG omega=0.1"] == ["30.00", "30.00", "15.00", "2.5"]
-        assert floor.endswith("omega=0: 4.00, omega=0.1: 5.00")
-
-    def test_each_variant_is_what_its_name_says(self):
-        model = optimizer_step.WideResNet(10, 1, 10).to(memory_format=torch.channels_last)
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        go, variants = optimizer_step.go, optimizer_step.make_variants(model)
-        methods = {"SGDG": go.SGDG, "AdamG": go.AdamG, "plain rule": optimizer_step.PlainOptimizer}
-        for name, omega in [(name, omega) for name in methods for omega in (0, 0.1)]:
-            optimizer = variants[f"{name} omega={omega}"].__self__
-            assert (type(optimizer), optimizer.param_groups[0]["omega"]) == (methods[name], omega)
-        for name in ("foreach", "fused"):
-            given = variants[f"SGD {name}"].__self__.defaults
-            assert (given["nesterov"], given["weight_decay"], given[name]) == (True, 5e-4, True)
-        weights = go.grassmann_weights(model).values()
-        with FlopCounterMode(display=False) as counter:
-            variants["matrix products alone"]()
-        assert counter.get_total_flops() == sum(4 * len(w) * w.numel() for w in weights)
-        for step in variants.values():
-            step()
-        copied = variants["copy of a step's bytes"]()  # each read once and written once
-        assert 2 * copied.numel() == 5 * sum(p.numel() for p in model.parameters())
-
-    def test_peak_memory_is_what_is_held_at_once(self):
-        assert optimizer_step.peak_memory(lambda: torch.ones(250_000) + torch.ones(250_000), False) == 3e6
-        one_by_one = optimizer_step.peak_memory(lambda: [torch.ones(250_000).sum() for _ in range(3)], False)
-        assert one_by_one == pytest.approx(1e6, rel=0.01)
-
-    def test_times_go_to_their_names(self, monkeypatch, figures):
-        clock = Clock()
-        monkeypatch.setattr(optimizer_step, "time", clock)
-        times = {"SGD foreach": 1, "SGDG omega=0": 2, "SGDG omega=0.1": 3}
-        times |= {optimizer_step.COPY: 4, optimizer_step.PRODUCTS: 5}
-        steps = {name: lambda seconds=seconds: clock.passes(seconds) for name, seconds in times.items()}
-        monkeypatch.setattr(optimizer_step, "make_variants", lambda model: steps)
-        _, result = figures(optimizer_step, *SMALL, "--rounds", 2)
-        assert result["seconds"] == {name: [seconds, seconds] for name, seconds in times.items()}
+# optimizer_step.py
 
 
-class TestTrainThroughput:
-    @pytest.mark.parametrize("method", METHODS)
-    def test_the_plain_configuration_trains_the_same_network(self, figures, method):
-        strong = [] if method == "SGD" else ["--omega", 5]  # else too weak to be seen in three steps
-        words = (*SMALL, "--batchSize", 4, "--rounds", 1, "--steps", 1, "--dropout", 0, *strong)
-        _, result = figures(train_throughput, "--optim_method", method, *words)
-        ours, plain = result["ours"]["losses"], result["plain"]["losses"]
-        assert len(set(ours)) == 3
-        assert ours == pytest.approx(plain, rel=1e-5)
+def test_times_go_to_their_names_and_into_the_table(monkeypatch, figures):
+    clock = Clock()
+    times = {"SGD foreach": [1, 2, 9], "SGDG omega=0": [4, 4, 4], "SGDG omega=0.1": [30, 30, 30]}
+    times |= {"copy of a step's bytes": [1, 1, 1], "matrix products alone": [5, 5, 5]}
 
-    def test_the_figures_of_a_turn(self, monkeypatch, figures):
-        """A step waits 1 s for its images, computes for 2 (an epoch's first: 20), updates for 5."""
-        clock = Clock()
+    def step_of(milliseconds):
+        left = [0, 0, *milliseconds]  # the first two warm up
+        return lambda: clock.passes(left.pop(0) / 1000)
 
-        class Training(train_throughput.Training):
-            def __init__(self, *arguments):
-                super().__init__(*arguments)
-                self.optimizer.register_step_post_hook(lambda *_: clock.passes(5))
-
-            def step(self, x, labels):
-                clock.passes(clock.computing)
-                return super().step(x, labels)
-
-        class Batches(train_throughput.TrainBatches):
-            def iterate(self, *arguments, **options):
-                for k, batch in enumerate(super().iterate(*arguments, **options)):
-                    clock.passes(1)
-                    clock.computing = 2 if k else 20
-                    yield batch
-
-        faked = {"time": clock, "Training": Training, "PlainTraining": Training, "TrainBatches": Batches}
-        for name, value in (faked | {"product_flops": lambda t: 1e9}).items():
-            monkeypatch.setattr(train_throughput, name, value)
-        _, result = figures(train_throughput, *SMALL, "--batchSize", 4, "--rounds", 2, "--steps", 3)
-        expected = {"step_s": 8, "images_per_s": 4 / 8, "forward_backward_s": 2, "optimizer_s": 5}
-        expected |= {"input_wait_s": 1, "share_of_product": 6 * result["multiply_adds"] * 4 / 8 / 1e9}
-        for key, value in expected.items():
-            assert result["ours"][key] == pytest.approx([value] * 2), key
-
-    def test_the_rate_of_a_product(self, monkeypatch):
-        monkeypatch.setitem(train_throughput.PRODUCT, "cpu", (64, 3))
-        monkeypatch.setattr(train_throughput, "seconds", lambda work, cuda: 2.0 if work() else 0)
-        t = SimpleNamespace(device=torch.device("cpu"), options=SimpleNamespace(dtype="float32"))
-        with FlopCounterMode(display=False) as counter:
-            rate = train_throughput.product_flops(t)
-        assert 2 * rate == counter.get_total_flops() == 3 * 2 * 64**3
-
-    def test_the_table_of_given_figures(self):
-        ours = {key: [2.0, 4.0, 6.0] for key, *_ in train_throughput.ROWS} | {"share_of_product": [0.25]}
-        plain = {key: [3.0, 8.0, 6.0] for key, *_ in train_throughput.ROWS} | {"product_flops": [3e12]}
-        gain = train_throughput.gains(ours, plain)
-        assert gain == {key: 1.5 for key in ("step_s", "forward_backward_s", "optimizer_s", "input_wait_s")}
-        lines = train_throughput.table(ours, plain, gain).splitlines()
-        rows = {line[:31].strip(): line[31:].split() for line in lines}
-        assert (rows[""], rows["images/s"]) == (["ours", "plain", "gain"], ["4.0", "6.0"])
-        assert rows["optimizer"] == ["4,000.00", "6,000.00", "1.50"]
-        assert (rows["a large product, TFLOP/s"][1], rows["share of its rate, %"][0]) == ("3.000", "25.0")
-
-    def test_a_mistake_is_answered_by_one_sentence(self, capsys):
-        with pytest.raises(SystemExit):
-            train_throughput.main(["--no-such-flag"])
-        assert "--no-such-flag" in capsys.readouterr().err.rsplit("error: ", 1)[1]
+    steps = {name: step_of(milliseconds) for name, milliseconds in times.items()}
+    faked = {"time": clock, "make_variants": lambda model: steps, "peak_memory": lambda step, cuda: 2_500_000}
+    for name, value in faked.items():
+        monkeypatch.setattr(optimizer_step, name, value)
+    out, result = figures(optimizer_step, *SMALL, "--rounds", 3)
+    for name, milliseconds in times.items():
+        assert result["seconds"][name] == pytest.approx([value / 1000 for value in milliseconds])
+    *lines, floor = out.splitlines()[3:]
+    rows = {line[:30].strip(): line[30:].split() for line in lines}
+    assert rows["SGD foreach"] == ["2.00", "1.00", "1.00", "2.5"]
+    assert rows["SGDG omega=0.1"] == ["30.00", "30.00", "15.00", "2.5"]
+    assert floor.endswith("omega=0: 4.00, omega=0.1: 5.00")
 
 
-class TestLastLayer:
-    @pytest.fixture
-    def still(self, tiny, tmp_path):
-        """still(*more): a run whose weights do not move, so that each epoch's loss is of the same network."""
-
-        def train(*more):
-            words = ["--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0]
-            assert call(*tiny("SGD", tmp_path / "run", *words, *more)).code == 0
-            return tmp_path / "run"
-
-        return train
-
-    @pytest.mark.parametrize("more", [[], ["--holdout", 16], ["--dtype", "bfloat16"]])
-    def test_the_loss_is_that_of_training(self, more, still, figures, images_root, tmp_path):
-        run, root = still(*more), shutil.copytree(images_root, tmp_path / "moved")
-        out, result = figures(last_layer, run, "--dataroot", root)
-        (figure,) = result["runs"]
-        assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
-        assert figure["images"] == 3 * 16 * (2 if more[:1] == ["--holdout"] else 3)
-        assert call("--resume", run, "--epochs", 5).code == 0
-        history = torch.load(run / "checkpoint.pt")["history"]
-        logged = mean(epoch["train_loss"] for epoch in history[2:])
-        assert figure["loss"] == figure["loss_at_first_length"] == pytest.approx(logged, rel=1e-6)
-
-    def test_what_it_is_at_another_length(self, still, figures, tmp_path):
-        run = still()
-
-        def lengthened(factor):
-            copy = shutil.copytree(run, tmp_path / f"{factor} times as long")
-            state = torch.load(copy / "checkpoint.pt")
-            state["model"]["fc.weight"] *= factor
-            state["model"]["fc.bias"] += torch.arange(len(state["model"]["fc.bias"]))
-            torch.save(state, copy / "checkpoint.pt")
-            return copy
-
-        first, *others = figures(last_layer, *map(lengthened, (1, 8, 64)))[1]["runs"]
-        for factor, longer in zip((8, 64), others, strict=True):
-            assert longer["length"] == pytest.approx(factor * first["length"])
-            assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
-            assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
-
-    def test_other_images_are_refused_in_one_sentence(self, still, images_root, tmp_path, capsys):
-        others = shutil.copytree(images_root, tmp_path / "others")
-        next(others.glob("train/*/*")).unlink()
-        with pytest.raises(SystemExit):
-            last_layer.main([str(still()), "--dataroot", str(others)])
-        assert "the checkpoint is of other" in capsys.readouterr().err.rsplit("error: ", 1)[1]
+def test_each_variant_is_what_its_name_says():
+    model = optimizer_step.WideResNet(10, 1, 10).to(memory_format=torch.channels_last)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    go, variants = optimizer_step.go, optimizer_step.make_variants(model)
+    methods = {"SGDG": go.SGDG, "AdamG": go.AdamG, "plain rule": optimizer_step.PlainOptimizer}
+    for name, omega in [(name, omega) for name in methods for omega in (0, 0.1)]:
+        optimizer = variants[f"{name} omega={omega}"].__self__
+        assert (type(optimizer), optimizer.param_groups[0]["omega"]) == (methods[name], omega)
+    for name in ("foreach", "fused"):
+        given = variants[f"SGD {name}"].__self__.defaults
+        assert (given["nesterov"], given["weight_decay"], given[name]) == (True, 5e-4, True)
+    weights = go.grassmann_weights(model).values()
+    with FlopCounterMode(display=False) as counter:
+        variants["matrix products alone"]()
+    assert counter.get_total_flops() == sum(4 * len(w) * w.numel() for w in weights)
+    for step in variants.values():
+        step()
+    copied = variants["copy of a step's bytes"]()  # each read once and written once
+    assert 2 * copied.numel() == 5 * sum(p.numel() for p in model.parameters())
 
 
-class TestRates:
-    def test_a_run_is_told_by_its_last_losses_and_its_test_error(self, monkeypatch):
-        losses = iter(range(1, 31))
-        monkeypatch.setattr(rates, "cross_entropy", lambda z, y: 0 * z.sum() + next(losses))
-        loss, error = rates.train("linear layers", "SGD", 0.0, None, steps=30, seed=0)
-        assert loss == 20.5
-        assert 50 < error < 100  # %: nothing was learnt
+def test_peak_memory_is_what_is_held_at_once():
+    assert optimizer_step.peak_memory(lambda: torch.ones(250_000) + torch.ones(250_000), False) == 3e6
+    one_by_one = optimizer_step.peak_memory(lambda: [torch.ones(250_000).sum() for _ in range(3)], False)
+    assert one_by_one == pytest.approx(1e6, rel=0.01)
 
-    def test_a_small_run_learns(self, figures, monkeypatch):
-        few = {"SETTINGS": [s for s in rates.SETTINGS if s[1] == 0.1], "STEPS": [25], "SEEDS": 1}
-        for name, value in few.items():
-            monkeypatch.setattr(rates, name, value)
-        out, result = figures(rates)
-        assert out.strip() == rates.table(result["runs"])
-        assert all(run["errors"][0] < 60 for run in result["runs"])
 
-    def test_the_table_has_medians(self):
-        run = {"model": "linear layers", "steps": 1000, "method": "SGD-G", "lr": 0.1, "lrg": 0.4}
-        table = rates.table([{**run, "losses": [0.1, 0.02, 9], "errors": [1, 2, 60]}]).splitlines()
-        assert table[0] == "| method | `lr`, `lrg` | linear layers, 1,000 steps |"
-        assert table[-1] == "| SGD-G | 0.1, 0.4 | 0.10, 2.0% |"
+# train_throughput.py
 
-    def test_the_page_has_the_table_of_the_published_figures(self):
-        runs = json.loads((ROOT / "logs/published/rates.json").read_text())["runs"]
-        assert rates.table(runs) in (ROOT / "docs/method.md").read_text()
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plain_configuration_trains_the_same_network(figures, method):
+    strong = [] if method == "SGD" else ["--omega", 5]  # else too weak to be seen in three steps
+    words = (*SMALL, "--batchSize", 4, "--rounds", 1, "--steps", 1, "--dropout", 0, *strong)
+    _, result = figures(train_throughput, "--optim_method", method, *words)
+    ours, plain = result["ours"]["losses"], result["plain"]["losses"]
+    assert len(set(ours)) == 3
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_figures_of_a_turn(monkeypatch, figures):
+    """A step waits 1 s for its images, computes for 2 (an epoch's first: 20), updates for 5, plain for 8."""
+    clock = Clock()
+
+    class Training(train_throughput.Training):
+        updating = 5
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.optimizer.register_step_post_hook(lambda *_: clock.passes(self.updating))
+
+        def step(self, x, labels):
+            clock.passes(clock.computing)
+            return super().step(x, labels)
+
+    class Batches(train_throughput.TrainBatches):
+        def iterate(self, *arguments, **options):
+            for k, batch in enumerate(super().iterate(*arguments, **options)):
+                clock.passes(1)
+                clock.computing = 2 if k else 20
+                yield batch
+
+    plain = type("Plain", (Training,), {"updating": 8})
+    faked = {"time": clock, "Training": Training, "PlainTraining": plain, "TrainBatches": Batches}
+    for name, value in (faked | {"product_flops": lambda t: 1e9}).items():
+        monkeypatch.setattr(train_throughput, name, value)
+    out, result = figures(train_throughput, *SMALL, "--batchSize", 4, "--rounds", 2, "--steps", 3)
+    expected = {"step_s": 8, "images_per_s": 4 / 8, "forward_backward_s": 2, "optimizer_s": 5}
+    expected |= {"input_wait_s": 1, "share_of_product": 6 * result["multiply_adds"] * 4 / 8 / 1e9}
+    for key, value in expected.items():
+        assert result["ours"][key] == pytest.approx([value] * 2), key
+    rows = {line[:31].strip(): line[31:].split() for line in out.splitlines()[3:]}
+    assert (rows[""], rows["images/s"]) == (["ours", "plain", "gain"], ["0.5", "0.4"])
+    assert rows["ms per step"] == ["8,000.00", "11,000.00", "1.38"]
+    assert rows["optimizer"] == ["5,000.00", "8,000.00", "1.60"]
+    assert rows["a large product, TFLOP/s"] == ["0.001", "0.001"]
+    assert rows["share of its rate, %"][0] == f"{100 * expected['share_of_product']:.1f}"
+
+
+def test_the_rate_of_a_product(monkeypatch):
+    monkeypatch.setitem(train_throughput.PRODUCT, "cpu", (64, 3))
+    monkeypatch.setattr(train_throughput, "seconds", lambda work, cuda: 2.0 if work() else 0)
+    t = SimpleNamespace(device=torch.device("cpu"), options=SimpleNamespace(dtype="float32"))
+    with FlopCounterMode(display=False) as counter:
+        rate = train_throughput.product_flops(t)
+    assert 2 * rate == counter.get_total_flops() == 3 * 2 * 64**3
+
+
+# last_layer.py
+
+
+# Of a run whose weights do not move, so that each epoch's loss is of the same network.
+STILL = ("--dropout", 0, "--lr", 1e-30, "--weightDecay", 0, "--bnDecay", 0)
+
+
+@pytest.mark.parametrize("more", [["--holdout", 16], ["--dtype", "bfloat16"]])
+def test_the_loss_of_the_last_layer_is_that_of_training(more, tiny, figures, images_root, tmp_path):
+    run, root = tmp_path / "run", shutil.copytree(images_root, tmp_path / "moved")
+    assert call(*tiny("SGD", run, *STILL, *more)).code == 0
+    out, result = figures(last_layer, run, "--dataroot", root)
+    (figure,) = result["runs"]
+    assert f"{figure['loss']:#9.3g}" in out.splitlines()[-1]
+    assert figure["images"] == 3 * 16 * (2 if more[0] == "--holdout" else 3)
+    assert call("--resume", run, "--epochs", 5).code == 0
+    history = torch.load(run / "checkpoint.pt")["history"]
+    logged = mean(epoch["train_loss"] for epoch in history[2:])
+    assert figure["loss"] == figure["loss_at_first_length"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_the_loss_at_another_length_and_other_images(tiny, figures, images_root, tmp_path):
+    runs = [tmp_path / name for name in ("1", "8", "64")]
+    assert call(*tiny("SGD", runs[0], *STILL)).code == 0
+    state = torch.load(runs[0] / "checkpoint.pt")
+    state["model"]["fc.bias"] += torch.arange(len(state["model"]["fc.bias"]))
+    for run, factor in zip(runs, (1, 8, 8), strict=True):
+        state["model"]["fc.weight"] *= factor
+        run.mkdir(exist_ok=True)
+        torch.save(state, run / "checkpoint.pt")
+    first, *others = figures(last_layer, *runs)[1]["runs"]
+    for factor, longer in zip((8, 64), others, strict=True):
+        assert longer["length"] == pytest.approx(factor * first["length"])
+        assert longer["loss"] != pytest.approx(first["loss"], rel=1e-2)
+        assert longer["loss_at_first_length"] == pytest.approx(first["loss"], rel=1e-6)
+    others = shutil.copytree(images_root, tmp_path / "others")
+    next(others.glob("train/*/*")).unlink()
+    with pytest.raises(utils.UserError, match="the checkpoint is of other"):
+        last_layer.main([str(runs[0]), "--dataroot", str(others)])
+
+
+# rates.py and the example
+
+
+def test_a_run_of_rates_is_told_by_its_last_losses_and_its_test_error(monkeypatch):
+    losses = iter(range(1, 31))
+    monkeypatch.setattr(rates, "cross_entropy", lambda z, y: 0 * z.sum() + next(losses))
+    loss, error = rates.train("linear layers", "SGD", 0.0, None, steps=30, seed=0)
+    assert loss == 20.5
+    assert 50 < error < 100  # %: nothing was learnt
+
+
+def test_a_small_run_of_rates_learns_and_the_page_has_the_table_of_the_published_one(figures, monkeypatch):
+    few = {"SETTINGS": [s for s in rates.SETTINGS if s[1] == 0.1], "STEPS": [25], "SEEDS": 1}
+    for name, value in few.items():
+        monkeypatch.setattr(rates, name, value)
+    out, result = figures(rates)
+    assert out.strip() == rates.table(result["runs"])
+    assert all(run["errors"][0] < 60 for run in result["runs"])
+    published = json.loads((ROOT / "logs/published/rates.json").read_text())["runs"]
+    assert rates.table(published) in (ROOT / "docs/method.md").read_text()
 
 
 def test_the_example_draws_both_curves(monkeypatch, tmp_path, capsys):
