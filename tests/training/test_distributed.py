@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_
 
     monkeypatch.setattr(main.Training, "inputs", spoiled)
     outcomes = ranks(2, *tiny("SGDG", tmp_path / "run", *BATCH))
-    assert_one_voice(outcomes, 1, "not finite since epoch 1, step 2")
+    assert_one_voice(outcomes, 1, "not finite by epoch 1, step 2")
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -130,21 +130,21 @@ def test_content_then_name_reach_the_disk_and_an_epoch_at_once(finished, tmp_pat
     log.add(log_lines(finished["SGDG"][0])[0] | {"images_per_sec": 1.0}, {})
     assert done == ["file"]
     assert [step for step, _ in scalars(tmp_path)["loss/test"]] == [1]
-    log.close()
+    log.writer.close()
 
 
 def test_no_link_is_followed(tmp_path):
     (tmp_path / "mine").write_text("my notes")
     for name in ("config.json", "config.json.tmp"):
         (tmp_path / name).symlink_to("mine")
-    utils.write_json(tmp_path / "config.json", {})
+    utils.write_whole(tmp_path / "config.json", lambda file: file.write(b"{}"))
     assert (tmp_path / "mine").read_text() == "my notes"
     assert not (tmp_path / "config.json").is_symlink()
 
 
 def test_permissions_follow_the_umask(tmp_path):
     before = os.umask(0o027)
-    utils.write_json(tmp_path / "config.json", {})
+    utils.write_whole(tmp_path / "config.json", lambda file: file.write(b"{}"))
     assert os.umask(before) == 0o027
     assert stat.S_IMODE((tmp_path / "config.json").stat().st_mode) == 0o640
 
@@ -330,8 +330,8 @@ def test_top5_counts_the_five_most_likely_of_more_classes(tiny, tmp_path, images
 
 
 @pytest.mark.parametrize(("bad", "said"), [
-    ("loss", r"the loss is not finite since epoch 2, step 4 \(lr 0.002, lrg 0.04\); the last good"),
-    ("weight", "a weight is not finite in epoch 2, after step 24 "),  # though all losses were
+    ("loss", r"the loss is not finite by epoch 2, step 6 \(lr 0.002, lrg 0.04\); the last good"),
+    ("weight", "a weight is not finite by epoch 2, step 24 "),  # though all losses were
     ("test loss", "the test loss is not finite after epoch 2; the last good"),
 ])  # fmt: skip
 def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_stays(
