@@ -144,6 +144,7 @@ def test_any_other_state_is_refused_by_name_and_changes_nothing(Optimizer, name)
     with pytest.raises(ValueError, match=named) as refused:
         optimizer.load_state_dict(make_state_dict(Optimizer))
     assert "\n" not in str(refused.value)
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
     assert_close(optimizer.state_dict(), twin.state_dict(), rtol=0, atol=0)
-    optimizer.load_state_dict(optimizer.state_dict())  # by no hook that was left behind
+    optimizer.load_state_dict(optimizer.state_dict())
     assert_close(params_of(take_steps(optimizer, [1])), params_of(take_steps(twin, [1])), rtol=0, atol=0)
