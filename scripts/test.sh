@@ -21,5 +21,5 @@ if [ $# = 0 ]; then exec "${pytest[@]}" -m "not long"; fi
 other=.venv-frameworks/bin/python where='import sysconfig; print(sysconfig.get_path("purelib"))'
 "$python" -c "$where" >"$("$other" -c "$where")/base.pth"
 "$other" -m pip install --quiet -r requirements-frameworks.txt
-"$other" -m pytest tests/optimizer/test_frameworks.py tests/optimizer/test_odd_models.py
+"$other" -m pytest tests/optimizer/test_frameworks.py
 "$python" tests/mutants.py
