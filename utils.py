@@ -149,11 +149,11 @@ def why_not_there(save: Path, continues: bool) -> str | None:
         continues: the run in it, if any, is the one to go on with.
     """
     found = [name for name in (CONFIG, LOG, CHECKPOINT) if (save / name).exists()]
-    if not found or (continues and CHECKPOINT in found):
+    if not found or continues:
         return None
     try:
         ours = {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         ours = False
     if CHECKPOINT in found:
         return f"{save} already holds a run; continue it with --resume auto, or choose another --save"
