@@ -74,7 +74,7 @@ class Turns:
         self.t.optimizer.register_step_post_hook(lambda *_: self._mark())
         losses, _ = self._train(3)
         self.figures = {"losses": [loss.item() for loss in losses]}
-        self.multiply_adds = multiply_adds(self.t.model, torch.zeros(1, 3, 32, 32, device=self.t.device))
+        self.multiply_adds = multiply_adds(self.t.model)
         self.t.model.train()
         product_flops(self.t)  # warms up, too
 

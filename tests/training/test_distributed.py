@@ -227,13 +227,13 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(rank, tiny, ranks, tmp_
 
 
 @pytest.mark.parametrize(("size", "flags", "code", "said"), [
-    (3, ["--resume", "FINISHED", "--epochs", 9], 2, "one of 1, 2, 4, 8, 16 processes"),
-    (3, ["--batchSize", 16], 2, "16 does not divide among 3 processes.*15"),
+    (3, ["--resume", "FINISHED", "--epochs", 9], 2, "does among 1, 2, 4, 8, 16$"),
+    (3, ["--batchSize", 16], 2, "16 does not divide among 3 processes; .*2, 4, 8"),
     (2, ["--batchSize", 100], 1, "--batchSize 100 does not fit"),
     (2, ["--ngpu", 3], 2, "--ngpu 3.*2 processes"),
     (2, ["--no-such-flag"], 2, "--no-such-flag"),
     (2, ["--resume", "/nowhere"], 1, "/nowhere"),
-    (2, ["--model", "vgg11", "--batchSize", 2], 2, "at least 4"),
+    (2, ["--model", "vgg11", "--batchSize", 2], 2, "two images or more"),
 ])  # fmt: skip
 def test_a_mistake_is_answered_once(size, flags, code, said, tiny, ranks, tmp_path, finished):
     flags = [finished["SGD"][0] if word == "FINISHED" else word for word in flags]
