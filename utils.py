@@ -10,10 +10,10 @@ import json
 import os
 import platform
 import re
+import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -116,30 +116,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         UserError: the file cannot be written (no permission, disk full); an old one is as it was.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        # A name of its own, made exclusively: nothing that lies there is followed or overwritten.
-        number, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with open(number, "wb") as file:
+        with open(temporary, "xb") as file:  # made exclusively: nothing there is followed or overwritten
             write(file)
             file.flush()
-            os.fsync(number)
-            os.fchmod(number, 0o666 & ~_umask())
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself survives a power cut
-        finally:
-            os.close(directory)
+        os.fsync(directory)  # the rename itself survives a power cut
+        os.close(directory)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with suppress(OSError, TypeError):
-            os.unlink(temporary)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path} ({error}); free some space or choose another --save") from error
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
 
 
 def why_not_there(save: Path, continues: bool) -> str | None:
