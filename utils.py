@@ -5,7 +5,6 @@ that reads results reads such directories; everything that resumes needs only th
 """
 
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -162,28 +161,18 @@ def locked(save: Path, continues: bool) -> Iterator[None]:
         UserError: it cannot be written, or a living process writes to it.
         UsageError: another run is in it, or a file of another program (`why_not_there`).
     """
-    missing = [folder for folder in (save, *save.parents) if not folder.exists()]
-    was_locked_before = (save / LOCK).exists()
-    locks: list[BinaryIO] = []
-    distributed.on_rank0(lambda: locks.append(lock_directory(save, continues)))
-    try:
+    with ExitStack() as until_the_end:
+        distributed.on_rank0(lambda: lock_directory(save, continues, until_the_end))
         yield
-    finally:
-        for lock in locks:
-            with suppress(OSError):  # somebody has removed it, or another run has come
-                if not (was_locked_before or (save / CONFIG).exists()):  # nothing was written
-                    (save / LOCK).unlink()
-                    for folder in missing:
-                        folder.rmdir()
-            lock.close()
 
 
-def lock_directory(save: Path, continues: bool) -> BinaryIO:
-    """The locked file `lock` of a run's directory, which is made if need be; errors as of `locked`."""
+def lock_directory(save: Path, continues: bool, until_the_end: ExitStack) -> None:
+    """`locked` on rank 0, whose directory is made if need be."""
     other = "choose another --save"
     if str(save) != os.fsencode(save).decode(errors="replace"):
         raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; {other}")
     path = save / LOCK
+    new = [place for place in (path, save, *save.parents) if not place.exists()]
     try:
         save.mkdir(parents=True, exist_ok=True)
         if problem := why_not_there(save, continues):
@@ -191,29 +180,37 @@ def lock_directory(save: Path, continues: bool) -> BinaryIO:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
     except OSError as error:
         raise UserError(f"cannot write to {save} ({error.strerror}); {other}") from error
-    with ExitStack() as at_an_error:
-        at_an_error.callback(file.close)
-        holder = file.read().decode(errors="replace").strip()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            way = f"wait for it, or {other} (if that machine is gone, remove {path} and try again)"
-            raise UserError(f"{save} is being written by {holder or 'another process'}; {way}") from error
-        except OSError as error:
-            why = f"{save} cannot be locked ({error.strerror})"
-            raise UserError(f"{why}; choose a --save on a local disk") from error
-        if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
-            raise UserError(f"{save} has just been left by another run; try again")
-        if not re.match(r"(process \d+ on |$)", holder):
-            raise UserError(f"{path} was not written by main.py and is left as it is; {other}")
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {platform.node()}".encode())
-        file.flush()
-        at_an_error.pop_all()
-    for half in itertools.chain(*(save.glob(f".{name}.*.tmp") for name in (CONFIG, LOG, CHECKPOINT))):
-        half.unlink()  # of a run that was killed in `write_whole`
-    return file
+    until_the_end.enter_context(file)
+    holder = file.read().decode(errors="replace").strip()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        way = f"wait for it, or {other} (if that machine is gone, remove {path} and try again)"
+        raise UserError(f"{save} is being written by {holder or 'another process'}; {way}") from error
+    except OSError as error:
+        why = f"{save} cannot be locked ({error.strerror})"
+        raise UserError(f"{why}; choose a --save on a local disk") from error
+    if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
+        raise UserError(f"{save} has just been left by another run; try again")
+    if not re.match(r"(process \d+ on |$)", holder):
+        raise UserError(f"{path} was not written by main.py and is left as it is; {other}")
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    file.flush()
+    for name in (CONFIG, LOG, CHECKPOINT):
+        for half in save.glob(f".{name}.*.tmp"):
+            half.unlink()  # of a run that was killed in `write_whole`
+    if path in new:
+        until_the_end.callback(remove_if_unused, save, new)
+
+
+def remove_if_unused(save: Path, new: list[Path]) -> None:
+    """Leave things as they were where no run has begun; `new`: the lock, and folders from the inmost."""
+    with suppress(OSError):  # somebody has removed it, or another run has come
+        if not (save / CONFIG).exists():
+            for place in new:
+                place.rmdir() if place.is_dir() else place.unlink()
 
 
 def git_commit() -> str | None:
