@@ -141,6 +141,7 @@ def restore(t: "Training", state: dict) -> None:
     t.scaler.load_state_dict(state["scaler"])
     t.probe.load_state_dict(state["probe"])
     restore_rank(t, [state, *state.get("other_ranks", [])])
+    t.check_finite()
     utils.note_environment(state["environment"], t.device)
 
 
