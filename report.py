@@ -257,13 +257,11 @@ class RunLog:
         """The options and what came of them, for TensorBoard's table of runs: method and rates first."""
         from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-        fixed = self.options.fixed()
-        first = ("optim_method", "lr", "lrg")  # with a number, as TensorBoard sorts by name
+        first = {"optim_method": "1 optim_method", "lr": "2 lr", "lrg": "3 lrg"}  # TensorBoard sorts by name
         hparams = {}
-        for number, name in enumerate(dict.fromkeys([*first, *fixed]), 1):
-            plain = "none" if fixed[name] is None else fixed[name]
-            column = f"{number} {name}" if name in first else name
-            hparams[column] = printable(str(plain)) if isinstance(plain, (list, str)) else plain
+        for name, value in self.options.fixed().items():
+            is_number = isinstance(value, (int, float))
+            hparams[first.get(name, name)] = value if is_number else printable(str(value))
         # Not by add_hparams, which writes a second file.
         metrics = dict.fromkeys(("error/test", "loss/train"), 0)
         for summary in hparams_summaries(hparams, metrics):
@@ -280,13 +278,8 @@ def run_log(options: Options, history: list[dict]) -> Iterator[RunLog | None]:
 
     What TensorBoard's thread meets on the disk is raised at the next flush, and not printed before.
     """
-
-    def of_thread(args: threading.ExceptHookArgs) -> None:
-        its_thread = type(args.thread).__module__.startswith("tensorboard")
-        if not (its_thread and issubclass(args.exc_type, OSError)):
-            before(args)
-
-    before, threading.excepthook = threading.excepthook, of_thread
+    before = threading.excepthook
+    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or before(args)
     try:
         log = RunLog(options, history) if distributed.rank() == 0 else None
         with closing(log.writer) if log else nullcontext():
