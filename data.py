@@ -8,11 +8,8 @@ by `EpochPlan`, so a batch depends on neither the number of threads nor what ran
 import copy
 import fcntl
 import hashlib
-import http.client
 import os
-import pickle
 import socket
-import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +30,7 @@ CIFAR_STATISTICS = {
     "CIFAR10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "CIFAR100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
 }
-Part = tuple[int, int]  # rank and number of processes
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
-
-# What torchvision meets: no network, no permission, a bad checksum (RuntimeError), a broken archive.
-DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError)
-DOWNLOAD_ERRORS += (http.client.HTTPException, tarfile.TarError, pickle.PickleError)
 # One image is too small to share among threads; threads work on different images instead.
 cv2.setNumThreads(0)
 
@@ -166,37 +158,27 @@ def _join_planes(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 @contextmanager
-def _alone_in(root: Path) -> Iterator[None]:
-    """Waits until no other run reads or downloads here: two downloads at once would spoil a file."""
-    with ExitStack() as stack:
+def _downloading(dataset: str, root: Path, filename: str, url: str) -> Iterator[None]:
+    """Alone there, as two downloads at once would spoil a file; what torchvision meets becomes a sentence."""
+    with ExitStack() as afterwards:
+        afterwards.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         with suppress(OSError):  # not writable, so nothing can be downloaded either; or it knows no locks
             root.mkdir(parents=True, exist_ok=True)
             folder = os.open(root, os.O_RDONLY)  # the folder itself: no file of anybody's is touched
-            stack.callback(os.close, folder)
+            afterwards.callback(os.close, folder)
             fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _downloading(dataset: str, root: Path, filename: str, url: str) -> Iterator[None]:
-    """Gives up on a silent server, and makes torchvision's failure one sentence about the file."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        with _alone_in(root):
+        try:
             yield
-    except DOWNLOAD_ERRORS as error:
-        archive = root / filename
-        if archive.is_file():
-            problem = f"{archive} is incomplete, corrupt or unreadable, and no good copy could be downloaded"
-        else:
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:
+            archive = root / filename
             problem = f"{dataset} is not in {root} and could not be downloaded"
-        raise UserError(
-            f"{problem} ({reason(error)}): place {filename} from {url} in {root}, "
-            "or use --dataset digits, which needs no network"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+            if archive.is_file():
+                problem = f"{archive} is incomplete, corrupt or unreadable, and could not be downloaded"
+            way = f"place {filename} from {url} in {root}, or use --dataset digits, which needs no network"
+            raise UserError(f"{problem} ({reason(error)}): {way}") from error
 
 
 def _load_digits() -> DataSet:
@@ -360,7 +342,7 @@ class TrainBatches:
 
 
 def eval_batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False, part: Part = (0, 1)
+    images: np.ndarray, labels: np.ndarray, batch_size: int, pin_memory: bool = False, part=(0, 1)
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images in order and unchanged, the last batch perhaps smaller: (B, 32, 32, 3) uint8, (B,) int64.
 

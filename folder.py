@@ -7,6 +7,7 @@ name is counted, and said.
 import os
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,9 @@ def read_folder(root: Path, parts: tuple[str, ...]) -> tuple[dict[str, np.ndarra
     _print_found({part: list(map(len, groups)) for part, groups in found.items()}, shown, passed_over)
     images, labels = {}, {}
     for part, groups in found.items():
-        images[part] = _decode_all([path for group in groups for path in group])
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(_read_image, chain(*groups))
+            images[part] = np.fromiter(decoded, np.dtype((np.uint8, (SIZE, SIZE, 3))))
         labels[part] = np.repeat(np.arange(len(classes), dtype=np.int64), list(map(len, groups)))
     return images, labels, shown
 
@@ -103,15 +106,6 @@ def _print_found(counts: dict[str, list[int]], classes: tuple[str, ...], passed_
     if passed_over:
         example, names = printable(str(passed_over[0])), ", ".join(EXTENSIONS)
         print(f"note: files passed over: {len(passed_over)}, such as {example}; read are {names}", flush=True)
-
-
-def _decode_all(paths: list[Path]) -> np.ndarray:
-    """All images as (N, 32, 32, 3) uint8 RGB, read and decoded by a few threads."""
-    images = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        for index, image in enumerate(pool.map(_read_image, paths)):
-            images[index] = image
-    return images
 
 
 def _read_image(path: Path) -> np.ndarray:

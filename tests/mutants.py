@@ -363,7 +363,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("value or 1.0 for value in std", "value for value in std", "folder constant_channel"),
         ("np.ascontiguousarray(train.data)", "np.ascontiguousarray(train.data[..., ::-1])", "data format_of_cifar"),
         ("if archive.is_file():", "if True:", "data missing_or_corrupt"),
-        ("(OSError, RuntimeError, EOFError)", "(RuntimeError, EOFError)", "data is_a_file"),
+        ("except Exception as error:\n            archive", "except RuntimeError as error:\n            archive", "data is_a_file"),
         ("if not 1 <= batch_size <= n_images:", "if not batch_size <= n_images:", "data does_not_fit"),
         ("astype(bool) if flip else np.zeros(shape, bool)", "astype(bool)", "data pure_function"),
         ("generator.permutation(n_images)", "generator.integers(0, n_images, n_images)", "data no_image_twice"),
