@@ -151,11 +151,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict) -> None:
     Raises:
         ValueError: it is of other parameters. (torch's SGD does not look.)
     """
-    groups, count = [], 0
-    for group in optimizer.param_groups:
-        numbers = list(range(count, count + len(group["params"])))
-        groups.append({**group, "params": numbers})
-        count += len(numbers)
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]  # also with --zero as of one process
     if [group["params"] for group in stored["param_groups"]] != [group["params"] for group in groups]:
         raise ValueError("its parameter groups are others")
     optimizer.load_state_dict({"state": stored["state"], "param_groups": groups})

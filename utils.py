@@ -248,10 +248,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def note_environment(then: dict, device: torch.device) -> None:
     """Say what has changed since `environment` gave `then`, if anything."""
     now = environment(device)
-    names = [name for name in then if name != "processes"]  # these have a note of their own
-    changed = [
-        f"{name} {then[name]} then, {now.get(name)} now" for name in names if then[name] != now.get(name)
-    ]
+    changed = [f"{k} {v} then, {now.get(k)} now" for k, v in then.items() if v != now.get(k)]
     if changed:
         print(f"note: the last bits of the result may differ: {printable('; '.join(changed))}", flush=True)
 

@@ -86,7 +86,7 @@ def test_the_checkpoint_before_a_damaged_one_is_named_and_goes_on(stopped, tmp_p
 @pytest.mark.parametrize(("method", "change", "said"), [
     ("SGD", lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(2)), "momentum"),
     ("SGD", lambda s: s["optimizer"]["param_groups"][0]["params"].reverse(), "groups are others"),
-    ("SGDG", lambda s: s["probe"].update(sums=s["probe"]["sums"][:1].clone()), "other layers"),
+    ("SGDG", lambda s: s["probe"].update(sums=s["probe"]["sums"][:1].clone()), "invalid for input"),
     ("SGDG", lambda s: s.update(model=main.WideResNet(16, 1, 3).state_dict()), "of another model"),
     ("SGDG", lambda s: s.update(train_time="long"), "train_time"),
     ("SGDG", lambda s: s.update(batch=4), "batch"),
