@@ -42,15 +42,12 @@ def print_start(options: Options, model: nn.Module, optimizer: torch.optim.Optim
     if (size := distributed.world_size()) > 1:
         print(f"processes: {size}, {options.batch_size // size} images of each batch to each")
     group_of = group_names(optimizer)
-    totals: dict[str, list[int]] = {}
     for name, p in model.named_parameters():
         print(f"  {name:34} {' x '.join(map(str, p.shape)):19} {group_of[p]}")
-        total = totals.setdefault(group_of[p], [0, 0])
-        total[0] += 1
-        total[1] += p.numel()
-    for group, (tensors, elements) in totals.items():
-        print(f"{group}: {elements:,} parameters in {tensors} tensors")
-    print(f"in all: {sum(elements for _, elements in totals.values()):,} parameters", flush=True)
+    for group in optimizer.param_groups:
+        elements = sum(p.numel() for p in group["params"])
+        print(f"{group['name']}: {elements:,} parameters in {len(group['params'])} tensors")
+    print(f"in all: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
 
 def group_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
@@ -319,10 +316,8 @@ class GrassmannProbe:
 
     @torch.no_grad()
     def _measure_before(self, optimizer, args, kwargs) -> None:
-        if not self.active:
-            return
-        self._before = [unit(p.flatten(1))[0] for _, p, _ in self.layers]
-        for sums, y, (_, p, group) in zip(self.sums, self._before, self.layers, strict=True):
+        self._before = [unit(p.flatten(1))[0] for _, p, _ in self.layers] if self.active else []
+        for sums, y, (_, p, group) in zip(self.sums, self._before, self.layers, strict=False):
             gram = (y @ y.T).abs()
             rows = len(y)
             sums[2] += (gram.sum() - gram.trace()) / max(1, rows * (rows - 1))
@@ -332,12 +327,10 @@ class GrassmannProbe:
 
     @torch.no_grad()
     def _measure_after(self, optimizer, args, kwargs) -> None:
-        if not self.active:
-            return
-        for sums, y, (_, p, _) in zip(self.sums, self._before, self.layers, strict=True):
+        for sums, y, (_, p, _) in zip(self.sums, self._before, self.layers, strict=False):
             chord = torch.linalg.vector_norm(unit(p.flatten(1))[0] - y, dim=-1)
             sums[0] += (2 * (chord / 2).clamp(max=1).asin()).rad2deg().mean()
-        self.steps += 1
+        self.steps += int(self.active)
         self._before = []
 
     def state_dict(self) -> dict:

@@ -319,7 +319,7 @@ class StopRequest:
 
     def __init__(self, deadline: float | None):
         self.deadline = deadline
-        self.received = self.signal = 0  # by this process; by any, when they last agreed
+        self.received = 0  # by this process
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -344,15 +344,8 @@ class StopRequest:
         """Whether to stop now, by a signal or (unless `by_signal`) the deadline; the same on every rank."""
         late = not by_signal and self.deadline is not None and time.monotonic() >= self.deadline
         received = self.received or (signal.SIGHUP if distributed.orphaned() else 0)
-        self.signal, late = distributed.all_max([received, int(late)])
-        return bool(self.signal or late)
-
-    @property
-    def reason(self) -> str:
-        """For the message: what asked for the stop."""
-        return signal.Signals(self.signal).name if self.signal else "--max_minutes"
-
-    @property
-    def exit_code(self) -> int:
-        """0 for the deadline, 128 + number for a signal."""
-        return 128 + self.signal if self.signal else 0
+        number, late = distributed.all_max([received, int(late)])
+        self.reason, self.exit_code = "--max_minutes", 0
+        if number:
+            self.reason, self.exit_code = signal.Signals(number).name, 128 + number
+        return bool(number or late)
