@@ -149,10 +149,9 @@ class Training:
         loss_share = loss.double() / distributed.world_size()  # the batch's loss is the mean of the slices'
         self.sums += torch.stack([loss_share, (logits.argmax(1) != labels).sum().double()])
 
-    def totals(self) -> tuple[float, float]:
+    def totals(self) -> list[float]:
         """Loss and wrong answers, summed over this epoch's steps; waits for the device and all ranks."""
-        loss, wrong = distributed.all_sum(self.sums.tolist())
-        return loss, wrong
+        return distributed.all_sum(self.sums.tolist())
 
     def learning_rates(self) -> dict[str, float | None]:
         """The current lr and lrg (None where nothing is on G(1,n))."""
@@ -322,8 +321,7 @@ def carry_out(options: Options, state: dict | None, source: Path | None, started
             return 0
         if not options.eval and (message := nothing_to_do(options, state)):
             print(message)
-            with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
-                os.utime(options.save / CHECKPOINT)
+            os.utime(options.save / CHECKPOINT)  # newer than the log: so a sweep knows a finished run
             return 0
         data = distributed.raise_on_all(
             lambda: load_data(options.dataset, options.dataroot, options.dataset_name, options.eval)

@@ -172,9 +172,6 @@ class Options:
         of_run = {name: value for name, value in asdict(self).items() if name not in CALL_NAMES}
         return {name: value for name, value in of_run.items() if name not in LATER or value != LATER[name]}
 
-    def fixed(self) -> dict:
-        """Those of the run that cannot change on the way."""
-        return {name: value for name, value in self.of_run().items() if name not in CHANGES_ON_RESUME}
 
 
 ROWS = {row.name: row.metadata for row in fields(Options)}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import distributed
 from grassmann_optimizer import grassmann_weights, orthogonality_gradient, project, unit
-from options import Options, model_name
+from options import CHANGES_ON_RESUME, Options, model_name
 from utils import CONFIG, LOG, counted, environment, git_commit, printable, write_whole
 
 if TYPE_CHECKING:
@@ -256,9 +256,10 @@ class RunLog:
 
         first = {"optim_method": "1 optim_method", "lr": "2 lr", "lrg": "3 lrg"}  # TensorBoard sorts by name
         hparams = {}
-        for name, value in self.options.fixed().items():
-            is_number = isinstance(value, (int, float))
-            hparams[first.get(name, name)] = value if is_number else printable(str(value))
+        for name, value in self.options.of_run().items():
+            if name not in CHANGES_ON_RESUME:
+                is_number = isinstance(value, (int, float))
+                hparams[first.get(name, name)] = value if is_number else printable(str(value))
         # Not by add_hparams, which writes a second file.
         metrics = dict.fromkeys(("error/test", "loss/train"), 0)
         for summary in hparams_summaries(hparams, metrics):

@@ -306,13 +306,10 @@ def seed_rank(seed: int, epoch: int, batch: int) -> None:
 class StopRequest:
     """Whether the run was asked to stop: by a signal or a deadline. The loop asks after every step.
 
-    Args:
-        deadline: on `time.monotonic()`'s clock, in seconds; None: none.
-
-    Within `with`, the first of each of SIGNALS is noted, and the same once more ends the process; in a thread
-    that is not Python's main one, signals stay as they are. Where the run has several processes, a signal or
-    deadline of one stops all; the launcher sends its signals more than once, and ends by itself what does not
-    stop in time, so that there the signals stay caught.
+    `deadline` is on `time.monotonic()`'s clock, in seconds. Within `with`, the first of each of SIGNALS is
+    noted, and the same once more ends the process; in a thread that is not Python's main one, signals stay as
+    they are. A signal or deadline of one process of a run stops all; there the signals stay caught, as a
+    launcher sends them more than once, and ends by itself what does not stop in time.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
