@@ -28,6 +28,7 @@ import distributed
 
 CONFIG, LOG, CHECKPOINT, LOCK = "config.json", "log.txt", "checkpoint.pt", "lock"
 PREVIOUS = "checkpoint.previous.pt"  # the one before, while the run goes on
+ANOTHER = "choose another --save"  # in sentences for the user
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -131,26 +132,18 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise UserError(f"cannot write {path} ({error}); free some space or choose another --save") from error
 
 
-def why_not_there(save: Path, continues: bool) -> str | None:
-    """Why a run must not write to this directory; None: it may.
-
-    Args:
-        continues: the run in it, if any, is the one to go on with.
-    """
+def refuse_what_is_there(save: Path) -> None:
+    """UsageError where another run, or a file of another program, would be overwritten."""
     found = [name for name in (CONFIG, LOG, CHECKPOINT) if (save / name).exists()]
-    if not found or continues:
-        return None
-    try:
-        ours = {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        ours = False
     if CHECKPOINT in found:
-        return f"{save} already holds a run; continue it with --resume auto, or choose another --save"
+        raise UsageError(f"{save} already holds a run; continue it with --resume auto, or {ANOTHER}")
+    ours = not found
+    with suppress(OSError, ValueError, AttributeError):
+        ours |= {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
     if not ours:
-        return f"{save} holds {' and '.join(found)} of another program; choose another --save"
-    if LOG in found and (save / LOG).read_bytes().count(b"\n") > 1:
-        return f"{save} already holds a run, without its checkpoint; choose another --save"
-    return None  # killed before its first checkpoint: it starts over
+        raise UsageError(f"{save} holds {' and '.join(found)} of another program; {ANOTHER}")
+    if LOG in found and (save / LOG).read_bytes().count(b"\n") > 1:  # else killed before its first checkpoint
+        raise UsageError(f"{save} already holds a run, without its checkpoint; {ANOTHER}")
 
 
 @contextmanager
@@ -159,7 +152,7 @@ def locked(save: Path, continues: bool) -> Iterator[None]:
 
     Raises:
         UserError: it cannot be written, or a living process writes to it.
-        UsageError: another run is in it, or a file of another program (`why_not_there`).
+        UsageError: another run is in it and not to be continued, or a file of another program.
     """
     with ExitStack() as until_the_end:
         distributed.on_rank0(lambda: lock_directory(save, continues, until_the_end))
@@ -168,24 +161,23 @@ def locked(save: Path, continues: bool) -> Iterator[None]:
 
 def lock_directory(save: Path, continues: bool, until_the_end: ExitStack) -> None:
     """`locked` on rank 0, whose directory is made if need be."""
-    other = "choose another --save"
     if str(save) != os.fsencode(save).decode(errors="replace"):
-        raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; {other}")
+        raise UsageError(f"{save} is not UTF-8, and TensorBoard cannot write there; {ANOTHER}")
     path = save / LOCK
     new = [place for place in (path, save, *save.parents) if not place.exists()]
     try:
         save.mkdir(parents=True, exist_ok=True)
-        if problem := why_not_there(save, continues):
-            raise UsageError(problem)
+        if not continues:
+            refuse_what_is_there(save)
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
     except OSError as error:
-        raise UserError(f"cannot write to {save} ({error.strerror}); {other}") from error
+        raise UserError(f"cannot write to {save} ({error.strerror}); {ANOTHER}") from error
     until_the_end.enter_context(file)
     holder = file.read().decode(errors="replace").strip()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        way = f"wait for it, or {other} (if that machine is gone, remove {path} and try again)"
+        way = f"wait for it, or {ANOTHER} (if that machine is gone, remove {path} and try again)"
         raise UserError(f"{save} is being written by {holder or 'another process'}; {way}") from error
     except OSError as error:
         why = f"{save} cannot be locked ({error.strerror})"
@@ -193,7 +185,7 @@ def lock_directory(save: Path, continues: bool, until_the_end: ExitStack) -> Non
     if os.fstat(file.fileno()).st_nlink == 0:  # its holder has just removed it
         raise UserError(f"{save} has just been left by another run; try again")
     if not re.match(r"(process \d+ on |$)", holder):
-        raise UserError(f"{path} was not written by main.py and is left as it is; {other}")
+        raise UserError(f"{path} was not written by main.py and is left as it is; {ANOTHER}")
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
