@@ -321,7 +321,8 @@ def carry_out(options: Options, state: dict | None, source: Path | None, started
             return 0
         if not options.eval and (message := nothing_to_do(options, state)):
             print(message)
-            os.utime(options.save / CHECKPOINT)  # newer than the log: so a sweep knows a finished run
+            with suppress(OSError):  # a sweep knows a finished run by a checkpoint newer than the log
+                os.utime(options.save / CHECKPOINT)
             return 0
         data = distributed.raise_on_all(
             lambda: load_data(options.dataset, options.dataroot, options.dataset_name, options.eval)

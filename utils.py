@@ -240,7 +240,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def note_environment(then: dict, device: torch.device) -> None:
     """Say what has changed since `environment` gave `then`, if anything."""
     now = environment(device)
-    changed = [f"{k} {v} then, {now.get(k)} now" for k, v in then.items() if v != now.get(k)]
+    changed = [f"{k} {v} then, {now[k]} now" for k, v in then.items() if v != now.get(k, v)]
     if changed:
         print(f"note: the last bits of the result may differ: {printable('; '.join(changed))}", flush=True)
 

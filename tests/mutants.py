@@ -204,7 +204,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        if not (save / CONFIG).exists():", "        if False:", "run wrote_nothing"),
         ("        if not (save / CONFIG).exists():", "        if True:", "run leaves_nothing_else"),
         ("os.fstat(file.fileno()).st_nlink == 0", "False", "run just_removed"),
-        ("if v != now.get(k)", "if v != now[k]", "resume another_machine"),
+        ("now.get(k, v)]", "now[k]]", "resume another_machine"),
         ("for place in new:", "for place in (save / LOCK, save, save.parent):", "run wrote_nothing"),
         (" | os.O_NOFOLLOW", "", "run did_not_write"),
         (r"if not re.match(", r"if False and re.match(", "run did_not_write"),

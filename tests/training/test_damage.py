@@ -116,7 +116,7 @@ def test_an_edited_checkpoint_trains_or_is_one_sentence_and_left_as_it_is(stoppe
         if outcome.code:
             # (torch may warn of what it is given, below the sentence.)
             assert_one_sentence(outcome._replace(err=outcome.err.split("\n")[0] + "\n"), outcome.code)
-            assert contents(save) == before or "not finite" in outcome.err, part
+            assert contents(save) == before, part
 
 
 @pytest.mark.parametrize("method", METHODS)
