@@ -166,7 +166,9 @@ def take_other_images(t: "Training", state: dict) -> None:
     if not t.options.eval:
         raise UserError("the checkpoint is of other images than --dataset and --dataroot name")
     ours = list(t.data.classes)
-    theirs = state.get("classes", ours)  # a checkpoint of an older main.py has none
+    theirs = state.get("classes", ours)
+    if "classes" not in state:
+        print("note: the checkpoint is an older main.py's: classes are matched by their order", flush=True)
     if odd := sorted(set(ours) ^ set(theirs)):
         raise UserError(
             f"the classes of {t.data.name} are not the checkpoint's; they differ in {', '.join(odd)}"

@@ -176,7 +176,7 @@ class Training:
 
 
 def train_epoch(t: Training, batches: TrainBatches, log: report.RunLog | None, stop: StopRequest) -> None:
-    """Train from batch t.batch to the end of the epoch, or until `stop`. Waits for the device ten times."""
+    """Train from batch t.batch to the end of the epoch, or until `stop`; some ten waits for the device."""
     options, plan = t.options, t.plan()
     read_every, probe_every = math.ceil(len(plan) / 10), math.ceil(len(plan) / 4)
     pin = t.device.type == "cuda"
@@ -338,7 +338,7 @@ def carry_out(options: Options, state: dict | None, source: Path | None, started
     distributed.on_rank0(lambda: report.write_config(t))
     report.print_start(options, t.model, t.optimizer)
     deadline = options.max_minutes and started + 60 * options.max_minutes
-    with StopRequest(deadline) as stop:
+    with StopRequest(deadline) as stop:  # Ctrl-C finishes the step, and `train` writes a checkpoint
         return train(t, stop)
 
 

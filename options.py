@@ -380,9 +380,9 @@ def check_options(options: Options) -> None:
     if options.eval or options.summary:
         return
     if on_cpu and options.dtype == "float16":
-        raise UsageError("--dtype float16 needs a GPU; a CPU trains in float32 or bfloat16")
+        raise UsageError("--dtype float16 needs a GPU; without one start a run in float32 or bfloat16")
     if on_cpu and options.sync_bn:
-        raise UsageError("--sync_bn needs GPUs: torch's SyncBatchNorm has no form for the CPU")
+        raise UsageError("--sync_bn needs GPUs, as torch's SyncBatchNorm has no form for the CPU; start a run without it")
     if batch % size:
         divisors = ", ".join(str(count) for count in range(1, min(batch, 1000) + 1) if batch % count == 0)
         raise UsageError(f"--batchSize {batch} does not divide among {size} processes; it does among {divisors}")

@@ -138,7 +138,7 @@ def refuse_what_is_there(save: Path) -> None:
     if CHECKPOINT in found:
         raise UsageError(f"{save} already holds a run; continue it with --resume auto, or {ANOTHER}")
     ours = not found
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         ours |= {"options", "model", "data"} <= json.loads((save / CONFIG).read_text()).keys()
     if not ours:
         raise UsageError(f"{save} holds {' and '.join(found)} of another program; {ANOTHER}")
@@ -176,7 +176,7 @@ def lock_directory(save: Path, continues: bool, until_the_end: ExitStack) -> Non
     holder = file.read().decode(errors="replace").strip()
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except BlockingIOError as error:
         way = f"wait for it, or {ANOTHER} (if that machine is gone, remove {path} and try again)"
         raise UserError(f"{save} is being written by {holder or 'another process'}; {way}") from error
     except OSError as error:

@@ -79,4 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.answer(main))
+    try:
+        main()
+    except utils.UserError as error:
+        sys.exit(f"error: {error}")

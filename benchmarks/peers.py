@@ -86,7 +86,7 @@ def make_part(name: str, params: list[nn.Parameter], group: dict) -> torch.optim
         return Rows([{**group, "params": params, "changes": name}], {})
     if name in ("SGD", "SGDP"):  # arXiv 2006.08217
         cls = torch.optim.SGD if name == "SGD" else import_module("adamp").SGDP
-        return cls(params, lr, momentum, nesterov=True, **decay)
+        return cls(params, lr, momentum, nesterov=momentum > 0, **decay)
     if name == "RiemannianSGD":
         geoopt = import_module("geoopt")
         params = [geoopt.ManifoldParameter(p.data, manifold=geoopt.SphereExact()) for p in params]

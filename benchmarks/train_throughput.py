@@ -82,7 +82,7 @@ class Turns:
         """Time some steps of an epoch after a first one, which also waits for the threads to start."""
         _, waits = self._train(1 + steps)
         wait(self.cuda)
-        starts, befores, afters = (self.moments[i::3] for i in range(3))
+        starts, befores, afters = zip(*[iter(self.moments)] * 3, strict=True)  # a skipped step has no hooks
         step = self._between(afters[0], afters[-1]) / len(afters[1:])
         rate, product = self.t.options.batch_size / step, product_flops(self.t)
         turn = {
@@ -174,4 +174,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.answer(main))
+    try:
+        main()
+    except utils.UserError as error:
+        sys.exit(f"error: {error}")

@@ -23,6 +23,7 @@ from collections import Counter, namedtuple
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -237,16 +238,20 @@ def choice_lines(cells):
     return lines
 
 
-def report(tables, left_out, short=False):
-    """All tables in Markdown; short: with the losses of the last phase alone."""
+def report(tables, left_out, terminal=False):
+    """All tables in Markdown, or each line of them in 80 columns, with the losses of the last phase alone."""
     shown = []
     for cells in tables:
         is_choice, data, description = cells[0].any.table
         title = data + (", choice of hyperparameters" if is_choice else "")
         lines = choice_lines(cells) if is_choice else [cell.line for cell in cells]
         heads = [head for head in lines[0] if any(line[head] for line in lines)]
-        if short:
+        if terminal:
             heads = [head for head in heads if "Loss" not in head or head == heads[-1]]
+            texts = ["; ".join(f"{h.lower()} {line[h]}" for h in heads if line[h]) for line in lines]
+            wrapped = [fill(printable(text), 80, subsequent_indent="    ") for text in (description, *texts)]
+            shown += [printable(title), *wrapped, ""]
+            continue
         rows = [[markdown(line[head]) for head in heads] for line in lines]
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         rows = [heads, ["-" * width for width in widths], *rows]
@@ -415,7 +420,7 @@ def main(arguments=None):
     if not runs:
         sys.exit("No usable run (a directory with config.json and log.txt) is there: train one first.")
     tables = make_tables(runs, left_out)
-    print(report(tables, left_out, short=True), end="")
+    print(report(tables, left_out, terminal=True), end="")
     files = {}  # path -> what makes its content
     if options.csv:
         files[options.csv] = lambda: csv_text(tables).encode()

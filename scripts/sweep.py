@@ -97,7 +97,7 @@ class Runs:
         say(f"signal {number}: waiting for the runs' checkpoints (once more to end them at once)", 2)
         with self.starting:
             for process in self.processes:
-                process.terminate()  # the second time main.py ends at once
+                process.kill() if len(self.signals) > 1 else process.terminate()
 
     def run(self, directory: Path) -> str:
         """Returns why the run failed, or nothing."""
@@ -109,7 +109,7 @@ class Runs:
                 process = self.start(directory, output, slot)
             if (code := process.wait()) and not self.signals:
                 last = "".join(output.read_text(errors="replace").splitlines()[-1:])
-                failure = f"failed with exit code {code}: {output}: {last}"
+                failure = f"failed with exit code {code if code > 0 else 128 - code}: {output}: {last}"
         except OSError as error:
             failure = f"failed: {error}"
         finally:

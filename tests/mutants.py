@@ -10,6 +10,7 @@ the exit code is 1 if one survives. An import that fails is no catch: only a tes
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -692,6 +693,7 @@ def copy_files(tree: Path) -> None:
 def run_pytest(tree: str, tests: str) -> None:
     """Run what the selections name until a test fails; ends the process, with pytest's exit code."""
     os.chdir(tree)
+    os.setsid()  # so that at LIMIT all that the tests have started ends with them
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -713,7 +715,8 @@ def try_fault(fault: Fault) -> tuple[str, str]:
         process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(tree, fault.tests))
         process.start()
         process.join(LIMIT)
-        process.kill()
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         text = Path(tree, "output.txt").read_text(errors="replace")
     if process.exitcode == 1:

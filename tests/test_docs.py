@@ -152,8 +152,10 @@ class Run:
         epochs = log_lines(path)
         losses = [epoch["train_loss"] for epoch in epochs]
         self.loss = {end: median(losses[end - 3 : end]) for end in range(3, len(losses) + 1)}
-        self.error = 100 - epochs[-1]["test_acc"]
+        self.errors = [100 - epoch["test_acc"] for epoch in epochs]
+        self.error = self.errors[-1]
         self.options = json.loads((path / "config.json").read_text())["options"]
+        self.evaluation = "".join(file.read_text() for file in path.glob("evaluation.txt"))
         self.rates = [rate for rate in map(self.options.get, ("lr", "lrg")) if rate is not None]
 
     def row(self, *ends):  # as the page writes them
@@ -238,6 +240,17 @@ def test_the_table_of_each_methods_own_rates():
         (loss, error), (of_sgd, error_of_sgd) = (map(float, last[network, m]) for m in ("SGD-G", "SGD"))
         said = re.findall(r"\d+\.\d+", " ".join(row[place] for row in claims))
         assert said == [f"{loss / of_sgd:.2f}", f"{error_of_sgd - error:.1f}"]
+
+
+def test_the_table_of_more_data():
+    """Seed 0: the ends of phases that are reached, errors after 120 epochs, at the end, and of all images."""
+    for name, *cells in table(RESULTS, "WRN-16-2, images"):
+        images, method = name.replace(",", "").split(": ")
+        [run] = runs("whole-schedule", "WRN-16-2", NAMES[method], "seed0", images)
+        losses = [f"{run.loss[end]:#.3g}" if end in run.loss else "" for end in ENDS]
+        error = f"{run.error:.2f}" if len(run.errors) == ENDS[-1] else ""
+        of_all = re.findall(r"10,000 test.*\nloss .* top-1 error (.*?)%", run.evaluation)
+        assert cells == [*losses, f"{run.errors[119]:.2f}", error, *(of_all or [""])], name
 
 
 def test_the_table_of_the_geometry():
