@@ -82,7 +82,9 @@ class Turns:
         """Time some steps of an epoch after a first one, which also waits for the threads to start."""
         _, waits = self._train(1 + steps)
         wait(self.cuda)
-        starts, befores, afters = zip(*[iter(self.moments)] * 3, strict=True)  # a skipped step has no hooks
+        if len(self.moments) != 3 * (1 + steps):  # the hooks were not run
+            raise utils.UserError("a step was skipped, as its float16 gradients overflowed: try again")
+        starts, befores, afters = (self.moments[i::3] for i in range(3))
         step = self._between(afters[0], afters[-1]) / len(afters[1:])
         rate, product = self.t.options.batch_size / step, product_flops(self.t)
         turn = {

@@ -259,7 +259,7 @@ def report(tables, left_out, terminal=False):
         shown += [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows] + [""]
     if left_out:
         left_out = ["", "Not counted:", "", *(f"- {markdown(sentence)}" for sentence in left_out)]
-    return "\n".join([*shown, NOTE, *left_out, ""])
+    return "\n".join([*shown, fill(NOTE, 80) if terminal else NOTE, *left_out, ""])
 
 
 def markdown(text):

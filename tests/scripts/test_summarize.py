@@ -170,7 +170,9 @@ def test_what_the_tables_say(show):
     show("runs", "--markdown", "page.md", "--plots", "figures")
     said = re.sub(" +", " ", re.sub(r"\| -[-| ]*\n", "", Path("page.md").read_text()))
     assert TABLES in said
-    assert set(re.findall(r"Loss at \d+", show("runs"))) == {"Loss at 6"}
+    out = show("runs")
+    assert max(map(len, out.splitlines())) <= 80
+    assert set(re.findall(r"loss at \d+", out)) == {"loss at 6"}
     drawn = ["a-b-digits-8x8-wrn-10-1.png", "digits-8x8-wrn-10-1.png", "paper-curves.png"]
     assert sorted(os.listdir("figures")) == drawn  # no search
 
@@ -212,10 +214,10 @@ def test_names_break_neither_page_nor_terminal(show):
     for option in (1, nasty):
         data = DIGITS | {"name": nasty}
         write_run(f"runs/{len(str(option))}", 4.0, data=data, model=f"WRN² {nasty}", an_option=option)
-    out = show("runs")
-    assert len(re.findall(r"^\|.*\|$", out, re.M)) == 2 + 2
-    assert not re.search(r"(?<!\\)[<>`$~]|[aA]\|", out)
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\udcff]", out)
+    out, page = show("runs", "--markdown", "page.md"), Path("page.md").read_text().split("\n\n", 3)[3]
+    assert len(re.findall(r"^\|.*\|$", page, re.M)) == 2 + 2
+    assert not re.search(r"(?<!\\)[<>`$~]|[aA]\|", page.removesuffix(f"{summarize.END}\n"))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\udcff]", out + page)
 
 
 def test_the_published_tables_are_those_of_the_published_logs(show, monkeypatch):
@@ -284,7 +286,7 @@ def test_an_odd_run_is_named_and_ends_no_other(capsys):
     reasons = [r"config\.json: .*No such file", *(rf"(config\.json|log\.txt): .*{odd[2]}" for odd in ODD)]
     for sentence, reason in zip(said.splitlines(), reasons, strict=True):
         assert re.match(rf"summarize\.py: left out runs/odd\d?: {reason}", sentence)
-    assert " 4.00 " in out
+    assert " 4.00;" in out
     assert out.count("- runs/odd") == 1 + len(ODD)
 
 
