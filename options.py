@@ -111,15 +111,19 @@ def local_path(text: str) -> str:
 # --------------------------------------------------------------------------------------------------- the rows
 
 PAPER = object()  # the default is the paper's for the model, data set and method
+ALWAYS = object()  # all runs have stored the option
 # When an option may differ from the checkpoint's: whenever a run goes on; only to evaluate. Or it is of one call.
 RESUMED, EVALUATED, CALL = "resumed", "evaluated", "call"
 ANY_RATE = number(float, 0, HUGE)
 
 
 # fmt: off
-def option(default, help, when=None, *, shown=None, camel=None, **argparse_keywords):
-    """A row: its default (`shown`: in words), what it means, when it may change, the authors' name of the flag."""
-    row = {"default": default, "help": help, "when": when, "shown": shown, "camel": camel}
+def option(default, help, when=None, *, shown=None, camel=None, older=ALWAYS, **argparse_keywords):
+    """A row: its default (`shown`: in words), what it means, when it may change, the authors' name of the flag.
+
+    older: of a row that is newer than some runs, what these did: stored only where it differs from this.
+    """
+    row = {"default": default, "help": help, "when": when, "shown": shown, "camel": camel, "older": older}
     return field(metadata={**row, "argparse": argparse_keywords})
 
 
@@ -164,7 +168,7 @@ class Options:
     max_minutes: float | None = option(None, "then stop, ready to be resumed", CALL, type=number(float, 0, exclusive=True))
     ngpu: int = option(1, "train with so many processes on this machine, each on its own GPU", CALL, type=number(int, 1, 1000))
     zero: bool = option(False, "of several processes each makes its share of the optimizer's step", CALL)
-    sync_bn: bool = option(False, "several GPUs: BN statistics of the whole batch, not of each GPU's slice")
+    sync_bn: bool = option(False, "several GPUs: BN statistics of the whole batch, not of each GPU's slice", older=False)
     # fmt: on
 
     def of_run(self) -> dict:
@@ -181,8 +185,7 @@ GROUPS = {"model": "model", "dataset": "data", "optim_method": "optimization", "
 CALL_NAMES = {name for name, row in ROWS.items() if row["when"] == CALL}
 CHANGES_ON_RESUME = {name for name, row in ROWS.items() if row["when"] == RESUMED}
 CHANGES_ON_EVAL = {name for name, row in ROWS.items() if row["when"] in (RESUMED, EVALUATED)}
-# What runs did that are older than an option: a new row needs an entry. Stored only where it differs from this.
-LATER = {"sync_bn": False}
+LATER = {name: row["older"] for name, row in ROWS.items() if row["older"] is not ALWAYS}
 
 
 def data_name(options: Options) -> str:
