@@ -122,6 +122,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("    with suppress(AttributeError):  # a notebook", "    if True:  # a notebook", "flags any_kind"),
     ],
     "options.py": [
+        (", older=False)", ")", "flags matched_by_their_order"),
         ("momentum: float = option(0.9,", "momentum: float = option(0.95,", STARTED),
         ('"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 5e-4}', '"SGD": {"lr": 0.1, "lrg": None, "bn_decay": 0.0}', STARTED),
         ('[60, 120], "lr_decay_ratio": 0.1', '[60, 120], "lr_decay_ratio": 0.2', STARTED),
@@ -235,6 +236,8 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ('if device.type == "cuda" and "cuda" in states:', 'if "cuda" in states:', "resume another_machine"),
     ],
     "checkpoint.py": [
+        ('if "classes" not in state:', "if False:", "flags matched_by_their_order"),
+        ("    t.check_finite()\n", "", "damage edited_checkpoint"),
         ("os.link(path, previous)", "pass", "damage before_a_damaged"),
         ("weights_only=True", "weights_only=False", "damage run_code"),
         ("if damaged := archive.testzip():", "if False:", "damage flipped"),
@@ -264,6 +267,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("utils.seed_rank(t.options.seed, t.epoch, t.batch)", "pass", "ranks another_number"),
     ],
     "benchmarks/train_throughput.py": [
+        ("if len(self.moments) != 3 * (1 + steps):", "if False:", "benchmarks figures_of_a_turn"),
         ('"share_of_product": 3 * 2 *', '"share_of_product": 2 *', "benchmarks figures_of_a_turn"),
         ("self.t.options.batch_size / step", "1 / step", "benchmarks figures_of_a_turn"),
         ("/ len(afters[1:])", "/ len(afters)", "benchmarks figures_of_a_turn"),
@@ -278,6 +282,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("for figures in (ours, plain)]", "for figures in (plain, ours)]", "benchmarks figures_of_a_turn"),
     ],
     "benchmarks/peers.py": [
+        ("nesterov=momentum > 0", "nesterov=True", "peers without_momentum"),
         ("u * length.atan() if", "u * length if", "peers closed_form"),
         ("go.unit(y + d)[0] if", "go.exp_map(y, d) if", "peers closed_form"),
         ('if "untransported" not in group["changes"]:', "if True:", "peers closed_form"),
@@ -550,6 +555,7 @@ FAULTS = {  # file: (text, which stands there once; its replacement; tests that 
         ("        print(f\"note: the optimizer's", "        raise\n        print(f\"note: the optimizer's", "authors left_out"),
     ],
     "scripts/sweep.py": [
+        ("process.kill() if len(self.signals) > 1 else process.terminate()", "process.terminate()", "sweeps second_signal"),
         ("{directory} {state}", "{directory}", "sweeps failure_is_reported"),
         ("return logged == epochs and not older", "return logged >= epochs and not older", "sweeps finished_is"),
         ("return logged == epochs and not older", "return logged == epochs", "sweeps finished_is"),

@@ -136,6 +136,9 @@ def test_the_figures_of_a_turn(monkeypatch, figures):
                 clock.computing = 2 if k else 20
                 yield batch
 
+    skipped = SimpleNamespace(_train=lambda steps: ([], []), cuda=False, moments=[0.0] * 4)
+    with pytest.raises(utils.UserError, match="a step was skipped"):
+        train_throughput.Turns.turn(skipped, 1)
     plain = type("Plain", (Training,), {"updating": 8})
     faked = {"time": clock, "Training": Training, "PlainTraining": plain, "TrainBatches": Batches}
     for name, value in (faked | {"product_flops": lambda t: 1e9}).items():

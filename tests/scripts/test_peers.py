@@ -78,6 +78,11 @@ def test_each_method_moves_the_networks_own_weights_at_their_groups_rate(method)
     assert {p for p, old in pairs if torch.allclose(p, old, atol=1e-6)} == still
 
 
+def test_a_rest_without_momentum_takes_no_nesterov_step():
+    group = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    assert not peers.make_part("SGD", [torch.nn.Parameter(torch.ones(2))], group).defaults["nesterov"]
+
+
 def test_a_run_is_main_pys_own_with_another_optimizer(tiny, images_root, tmp_path, monkeypatch):
     made = []
 
